@@ -1,0 +1,1 @@
+"""Small Flax reference models and loaders of real weights."""

@@ -1,0 +1,1 @@
+"""The application: fine-tune, evaluate, generate and report from one YAML file."""
