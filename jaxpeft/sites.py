@@ -1,0 +1,398 @@
+"""Where an adapter acts: the weights of a parameter tree that it adapts, grouped by module type over the layers."""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Selection = str | Sequence[str] | Callable[[str, Any], bool]
+
+ALL_LINEAR = "all-linear"
+HEADS = ("lm_head", "head", "output_head", "classifier", "score")
+"""Module names that `"all-linear"` leaves out: a model's output head is trained whole or not at all."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The adapted weights of one module type, over all layers.
+
+    A layout is a string with one letter for every axis of the array: ``i`` an input axis, ``o`` an output axis, ``l``
+    an axis that stacks layers or experts. A Dense kernel is ``io``, GPT-2's ``oi``, an attention query kernel
+    (embed, heads, head_dim) ``ioo``, a scanned Dense kernel ``lio``.
+
+    Attributes:
+        name: path of the weight with the layer's number as ``*``; the key of the group in an adapter's trees.
+        paths: one path for every layer of an unrolled model, or the single path of a stacked array.
+        shape: shape of the array at each path, stack axes included.
+        layout: one letter for every axis of `shape`.
+        entries: the entries of the first stack axis that are adapted; None for all of them.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    shape: tuple[int, ...]
+    layout: str
+    entries: tuple[int, ...] | None = None
+
+    def sizes(self, letter: str) -> tuple[int, ...]:
+        """Sizes of the axes that carry `letter`, in the array's order."""
+        return tuple(n for n, at in zip(self.shape, self.layout, strict=True) if at == letter)
+
+    @property
+    def in_dim(self) -> int:
+        """Input features of one weight, its in-axes flattened."""
+        return math.prod(self.sizes("i"))
+
+    @property
+    def out_dim(self) -> int:
+        """Output features of one weight, its out-axes flattened."""
+        return math.prod(self.sizes("o"))
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the leading axes of an update at one path: the stack axes, of the first only the adapted entries."""
+        stack = self.sizes("l")
+        return stack if self.entries is None else (len(self.entries), *stack[1:])
+
+    @property
+    def layers(self) -> int:
+        """Number L of adapted (in, out) weights: over the paths and, in each, over the stack axes in their order."""
+        return len(self.paths) * math.prod(self.stack)
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The groups of adapted weights; what `find` returns. Iterates over its groups; printing shows a table."""
+
+    groups: tuple[Group, ...]
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, name: str) -> Group:
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(f"no group {name!r}; {_nearest(name, [group.name for group in self.groups])}")
+
+    @property
+    def size(self) -> int:
+        """Number of base parameters that the sites hold."""
+        return sum(group.layers * group.in_dim * group.out_dim for group in self)
+
+    def __str__(self) -> str:
+        rows = [("group", "layers", "in", "out", "layout", "shape")]
+        for g in self:
+            shape = "x".join(map(str, g.shape))
+            rows.append((g.name, str(g.layers), str(g.in_dim), str(g.out_dim), g.layout, shape))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, f"{sum(g.layers for g in self)} weights, {self.size:,} base parameters"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able description, read back by `from_dict`."""
+        return {
+            "groups": [
+                {
+                    "name": g.name,
+                    "paths": list(g.paths),
+                    "shape": list(g.shape),
+                    "layout": g.layout,
+                    "entries": None if g.entries is None else list(g.entries),
+                }
+                for g in self
+            ]
+        }
+
+    @classmethod
+    def from_dict(cls, description: Mapping[str, Any]) -> "Sites":
+        """The sites that `to_dict` described."""
+        return cls(
+            tuple(
+                Group(
+                    name=g["name"],
+                    paths=tuple(g["paths"]),
+                    shape=tuple(g["shape"]),
+                    layout=g["layout"],
+                    entries=None if g["entries"] is None else tuple(g["entries"]),
+                )
+                for g in description["groups"]
+            )
+        )
+
+
+def find(
+    params: Any,
+    selection: Selection = ALL_LINEAR,
+    *,
+    exclude: Selection | None = None,
+    layers: Iterable[int] | None = None,
+    layouts: Mapping[str, str] | None = None,
+) -> Sites:
+    r"""Finds the weights to adapt and groups them by module type over the layers.
+
+    Args:
+        params: any pytree of arrays or `jax.ShapeDtypeStruct`: Linen params, `nnx.to_pure_dict(state)`, plain dicts.
+        selection: which leaves to adapt, over their "/"-joined paths. A string is one regular expression that must
+            match the whole path; ``"all-linear"`` is every linear kernel but the output head; a list holds names, each
+            a whole path or its end, with or without the leaf's own name (``["q_proj", "mlp/up_proj/kernel"]``); a
+            predicate is called with the path and the leaf.
+        exclude: leaves to leave out again, said in the same four ways.
+        layers: numbers of the layers to adapt, from 0; all of them by default. They count the numbered modules of an
+            unrolled model and the entries of the first stack axis of a stacked one.
+        layouts: declared layouts, regular expression over the path → one letter an axis (see `Group`). Needed for
+            arrays that no built-in layout covers: kernels stored as (out, in), ``"oi"``; experts, ``"lio"``; raw einsum
+            parameters; stack axes other than the leading one, ``"ilo"``.
+
+    Built in, by Flax's names: ``kernel`` of Dense, ``embedding`` of Embed, and the ``query``, ``key``, ``value`` and
+    ``out`` kernels of the attention modules. A leading stack axis is read off the subtree itself (every leaf begins
+    with the same size, and a norm's scale or a Dense's bias has two axes); what is not certain is an error that asks
+    for a declaration.
+
+    Returns:
+        The sites, in the order of the tree.
+
+    Raises:
+        ValueError: nothing matches (the message lists near misses), an excluded pattern, a listed name or a declared
+            layout matches nothing, a layout is unknown or does not fit, a layer number is out of range.
+
+    Example:
+        >>> import jax, jaxpeft
+        >>> kernel = jax.ShapeDtypeStruct((64, 32), "float32")
+        >>> params = {"layers": [{"q_proj": {"kernel": kernel}, "v_proj": {"kernel": kernel}} for _ in range(2)]}
+        >>> print(jaxpeft.find(params, r".*/q_proj/kernel"))
+        group                   layers  in  out  layout  shape
+        layers/*/q_proj/kernel  2       64  32   io      64x32
+        2 weights, 4,096 base parameters
+    """
+    leaves = flatten(params)
+    declared = _declared_layouts(leaves, layouts or {})
+    stacked = _StackedTrees(leaves)
+    chosen = _select(leaves, selection, "selection", declared, stacked)
+    if exclude is not None:
+        excluded = set(_select(leaves, exclude, "exclude", declared, stacked))
+        if not excluded & set(chosen):
+            raise ValueError(f"exclude={exclude!r} leaves out nothing that selection={selection!r} matched")
+        chosen = [path for path in chosen if path not in excluded]
+        if not chosen:
+            raise ValueError(f"exclude={exclude!r} leaves out everything that selection={selection!r} matched")
+    wanted = None if layers is None else tuple(sorted(set(layers)))
+    members: dict[tuple[str, tuple[int, ...], str], list[tuple[str, int | None]]] = {}
+    for path in chosen:
+        leaf = leaves[path]
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"{path} holds {leaf.dtype}; only floating-point weights can be adapted")
+        layout = declared.get(path) or _built_in_layout(path, leaf.shape, stacked)
+        name, layer = _module_type(path)
+        members.setdefault((name, tuple(leaf.shape), layout), []).append((path, layer))
+    names = [name for name, _, _ in members]
+    groups = []
+    for (name, shape, layout), found in members.items():
+        unique = name if names.count(name) == 1 else f"{name} [{'x'.join(map(str, shape))}]"
+        group = _group_of(unique, found, shape, layout, wanted)
+        if group is not None:
+            groups.append(group)
+    _check_layers(wanted, groups)
+    return Sites(tuple(groups))
+
+
+def flatten(params: Any) -> dict[str, Any]:
+    """Every array leaf of a tree by its "/"-joined path, in the tree's order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
+        for keys, leaf in leaves
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    }
+
+
+def _select(
+    leaves: Mapping[str, Any],
+    selection: Selection,
+    argument: str,
+    declared: Mapping[str, str],
+    stacked: "_StackedTrees",
+) -> list[str]:
+    """Paths that one selection matches; an error if there are none."""
+    if isinstance(selection, str):
+        if selection == ALL_LINEAR:
+            chosen = [path for path in leaves if _is_linear(path, len(leaves[path].shape), stacked) or path in declared]
+        else:
+            pattern = _compile(selection, argument)
+            chosen = [path for path in leaves if pattern.fullmatch(path)]
+    elif callable(selection):
+        chosen = [path for path, leaf in leaves.items() if selection(path, leaf)]
+    else:
+        if unmatched := [name for name in selection if not any(_ends_with(path, name) for path in leaves)]:
+            near = "; ".join(f"{name!r}: {_nearest(name, leaves)}" for name in unmatched)
+            raise ValueError(f"{argument} names that match nothing: {near}")
+        chosen = [path for path in leaves if any(_ends_with(path, name) for name in selection)]
+    if not chosen:
+        what = selection if isinstance(selection, str) else getattr(selection, "__name__", selection)
+        raise ValueError(f"{argument}={what!r} matches none of {len(leaves)} arrays; {_nearest(str(what), leaves)}")
+    return chosen
+
+
+def _is_linear(path: str, axes: int, stacked: "_StackedTrees") -> bool:
+    """A kernel of Dense or attention; from four axes on it is a convolution's."""
+    module, leaf = ["", *path.split("/")][-2:]
+    return leaf == "kernel" and module not in HEADS and 2 <= axes - stacked.holds(path) <= 3
+
+
+def _ends_with(path: str, name: str) -> bool:
+    """Whether `name` is the path, or the end of it, or the end of it without the leaf's own name."""
+    module, _, leaf = path.rpartition("/")
+    weight = leaf in ("kernel", "embedding", "weight", "w")
+    return f"/{path}".endswith(f"/{name}") or (weight and f"/{module}".endswith(f"/{name}"))
+
+
+def _compile(pattern: str, argument: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{argument}={pattern!r} is not a regular expression: {error}") from None
+
+
+def _nearest(wanted: str, paths: Iterable[str]) -> str:
+    """The paths that look most like `wanted`, layers folded together, for an error message."""
+    names = list(dict.fromkeys(_module_type(path)[0] for path in paths))
+    plain = re.sub(r"[\\^$()|?+\[\]]|\.\*", " ", wanted).replace(".", "/")
+    words = [word for word in re.split(r"[^A-Za-z0-9_]+", plain) if len(word) > 1]
+
+    def likeness(name: str) -> float:
+        hits = sum(
+            max((difflib.SequenceMatcher(None, w, s).ratio() for s in name.split("/")), default=0) for w in words
+        )
+        return hits + difflib.SequenceMatcher(None, plain, name).ratio()
+
+    best = sorted(names, key=likeness, reverse=True)[:5]
+    return f"nearest: {', '.join(best)}" if best else "the tree holds no arrays"
+
+
+def _module_type(path: str) -> tuple[str, int | None]:
+    """A path with its layer's number as ``*``, and that number.
+
+    The layer is the outermost numbered step: a list index, or a name such as ``block_3``. The module that holds the
+    leaf itself counts only as a list index: ``Dense_0`` and ``Dense_1`` of one block are two module types.
+    """
+    steps = path.split("/")
+    for at, step in enumerate(steps[:-1]):
+        if step.isdigit():
+            return "/".join([*steps[:at], "*", *steps[at + 1 :]]), int(step)
+        numbered = re.fullmatch(r"(.+_)(\d+)", step)
+        if numbered and at < len(steps) - 2:
+            return "/".join([*steps[:at], f"{numbered[1]}*", *steps[at + 1 :]]), int(numbered[2])
+    return path, None
+
+
+def _declared_layouts(leaves: Mapping[str, Any], layouts: Mapping[str, str]) -> dict[str, str]:
+    """Path → declared layout, each checked against the array it is declared for."""
+    declared: dict[str, str] = {}
+    for pattern, layout in layouts.items():
+        if set(layout) - set("ilo") or "i" not in layout or "o" not in layout:
+            raise ValueError(
+                f"layout {layout!r} of {pattern!r}: expected letters i (in), o (out), l (stack), as in 'lio'"
+            )
+        regex = _compile(pattern, "layouts")
+        matched = [path for path in leaves if regex.fullmatch(path)]
+        if not matched:
+            raise ValueError(f"layouts: {pattern!r} matches none of {len(leaves)} arrays; {_nearest(pattern, leaves)}")
+        for path in matched:
+            shape = leaves[path].shape
+            if len(shape) != len(layout):
+                raise ValueError(f"layout {layout!r} has {len(layout)} letters, but {path} has shape {tuple(shape)}")
+            declared.setdefault(path, layout)
+    return declared
+
+
+def _built_in_layout(path: str, shape: tuple[int, ...], stacked: "_StackedTrees") -> str:
+    """Layout of a leaf by Flax's names."""
+    lead = "l" if stacked.holds(path) else ""
+    module, leaf = (["", *path.split("/")])[-2:]
+    axes = len(shape) - len(lead)
+    if leaf == "embedding" and axes == 2:
+        return lead + "io"
+    if leaf == "kernel":
+        if axes == 2:
+            return lead + "io"
+        if axes == 3 and module in ("query", "key", "value"):
+            return lead + "ioo"
+        if axes == 3 and module == "out":
+            return lead + "iio"
+    if axes < 2:
+        raise ValueError(f"{path} has shape {tuple(shape)}: a vector is no site; select the weight beside it")
+    example = "l" * (len(shape) - 2) + "io"
+    raise ValueError(
+        f"the axes of {path}, shape {tuple(shape)}, are not certain from its name; declare them, one letter an axis "
+        f"(i in, o out, l stack), for example layouts={{{_module_type(path)[0].replace('*', '.*')!r}: {example!r}}}"
+    )
+
+
+class _StackedTrees:
+    """Tells which leaves lie in a subtree whose every array is stacked over layers on its leading axis."""
+
+    def __init__(self, leaves: Mapping[str, Any]) -> None:
+        self.shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+        self.known: dict[str, bool] = {}
+
+    def holds(self, path: str) -> bool:
+        steps = path.split("/")
+        return any(self._is_stacked("/".join(steps[:depth])) for depth in range(len(steps) - 1, 0, -1))
+
+    def _is_stacked(self, tree: str) -> bool:
+        if tree not in self.known:
+            inside = {path: shape for path, shape in self.shapes.items() if path.startswith(f"{tree}/")}
+            sizes = {shape[:1] for shape in inside.values()}
+            self.known[tree] = len(sizes) == 1 and sizes != {()} and any(map(self._shows_a_stack, inside))
+        return self.known[tree]
+
+    def _shows_a_stack(self, path: str) -> bool:
+        """A vector of the module's own has two axes: a norm's scale, or the bias of a Dense."""
+        module, _, leaf = path.rpartition("/")
+        shape = self.shapes[path]
+        if leaf == "scale":
+            return len(shape) == 2
+        kernel = self.shapes.get(f"{module}/kernel", ())
+        dense = len(kernel) == 3 and shape == (kernel[0], kernel[2]) and shape != kernel[1:]
+        return leaf == "bias" and len(shape) == 2 and dense
+
+
+def _group_of(
+    name: str,
+    found: list[tuple[str, int | None]],
+    shape: tuple[int, ...],
+    layout: str,
+    wanted: tuple[int, ...] | None,
+) -> Group | None:
+    """The group of one module type, cut down to the wanted layers; None if none of them is."""
+    found = sorted(found, key=lambda member: -1 if member[1] is None else member[1])
+    paths = tuple(path for path, _ in found)
+    if wanted is None:
+        return Group(name, paths, shape, layout)
+    if all(layer is not None for _, layer in found):
+        kept = tuple(path for path, layer in found if layer in wanted)
+        return Group(name, kept, shape, layout) if kept else None
+    if "l" not in layout:
+        raise ValueError(
+            f"layers={list(wanted)}: {name} has no layer number and no stack axis; exclude it or name its layers"
+        )
+    entries = tuple(layer for layer in wanted if 0 <= layer < shape[layout.index("l")])
+    return Group(name, paths, shape, layout, entries) if entries else None
+
+
+def _check_layers(wanted: tuple[int, ...] | None, groups: Sequence[Group]) -> None:
+    """Every wanted layer must be a layer of some group."""
+    if wanted is None:
+        return
+    present = {entry for group in groups for entry in group.entries or ()}
+    present |= {layer for group in groups for path in group.paths if (layer := _module_type(path)[1]) is not None}
+    if missing := [layer for layer in wanted if layer not in present]:
+        raise ValueError(f"layers {missing} do not exist at the selected sites; found {sorted(present) or 'none'}")
