@@ -1,1 +1,1 @@
-"""The application: fine-tune, evaluate, generate and report from one YAML file."""
+"""The application: fine-tune a language model with an adapter, `python -m train --help`."""

@@ -1,0 +1,60 @@
+"""Where things run: the mesh, what is put on it, and compilation ahead of time."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def data_mesh() -> Mesh:
+    """All devices of all processes along one axis, `data`."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """The whole tree on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Global arrays, split over the devices along the first axis, of what each process holds of a batch."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+class Compiled:
+    """A jitted function that compiles each new shape explicitly, so that compilations can be counted and timed.
+
+    Attributes:
+      seconds: time spent tracing and compiling so far.
+      executables: shapes of the arguments -> the compiled function.
+    """
+
+    def __init__(self, function: Callable, **options: Any):
+        self.jitted = jax.jit(function, **options)
+        self.executables: dict[Any, Any] = {}
+        self.seconds = 0.0
+
+    def __call__(self, *args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key not in self.executables:
+            start = time.perf_counter()
+            self.executables[key] = self.jitted.lower(*args).compile()
+            self.seconds += time.perf_counter() - start
+        return self.executables[key](*args)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory used so far: of the fullest local device, or of this process where devices do not tell (CPU)."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    if max(peaks):
+        return max(peaks)
+    import resource  # not on Windows
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

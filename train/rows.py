@@ -1,0 +1,227 @@
+"""Where conversations come from: files, the hub, and what their columns are called."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+
+from train import builtin
+from train.config import Data
+
+PROMPTS = ("prompt", "instruction", "question")
+RESPONSES = ("response", "output", "answer", "completion")
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file and the line."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training example: a conversation, or plain text.
+
+    Attributes:
+      messages: `{"role": …, "content": …}` mappings in order; the assistant's are what is learned.
+      text: plain text, learned whole; only where there are no messages.
+    """
+
+    messages: tuple[Mapping[str, str], ...] = ()
+    text: str = ""
+
+    @property
+    def prompt(self) -> tuple[Mapping[str, str], ...]:
+        """The messages before the last answer."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        """The last answer."""
+        return self.messages[-1]["content"] if self.messages else ""
+
+
+def load(data: Data) -> tuple[list[Row], list[Row]]:
+    """The training rows and the held-out rows that `data` asks for, always the same and in the same order.
+
+    Raises:
+      DataError: the source does not exist, is damaged, has no usable columns or too few rows.
+    """
+    if data.source in builtin.SOURCES:
+        pairs = builtin.SOURCES[data.source](data.seed, data.train_rows, data.held_out_rows)
+        train, held_out = ([_conversation(prompt, answer) for prompt, answer in part] for part in pairs)
+    elif data.source.startswith("hub:"):
+        train = _hub(data.source.removeprefix("hub:"), "train", data.columns)
+        held_out = _hub(data.source.removeprefix("hub:"), data.held_out, data.columns) if data.held_out else None
+    else:
+        train = read(data.source, data.columns)
+        held_out = read(data.held_out, data.columns) if data.held_out else None
+    if held_out is None:
+        if len(train) <= data.held_out_rows:
+            raise DataError(
+                f"{data.source}: {len(train)} rows, of which data.held_out_rows={data.held_out_rows} are to be set aside"
+            )
+        order = list(grain.MapDataset.range(len(train)).seed(data.seed).shuffle())
+        held_out = [train[i] for i in order[: data.held_out_rows]]
+        train = [train[i] for i in sorted(order[data.held_out_rows :])]
+    return train[: data.train_rows], held_out[: data.held_out_rows]
+
+
+def read(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """All rows of a .jsonl, .json, .csv or .parquet file.
+
+    Args:
+      path: the file; its ending decides how it is read.
+      columns: our name -> the file's name, for any of `messages`, `prompt`, `input`, `response`, `text`.
+
+    Raises:
+      DataError: naming file and line.
+    """
+    path = Path(path)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: neither a built-in data set ({', '.join(builtin.SOURCES)}) nor {', '.join(READERS)}")
+    try:
+        rows = [_row(record, place, columns or {}) for place, record in reader(path)]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not rows:
+        raise DataError(f"{path}: the file holds no rows")
+    return rows
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{number}", _json(_decoded(line, f"{path}:{number}"), f"{path}:{number}")
+
+
+def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
+    content = path.read_bytes()
+    if not content.strip():
+        return
+    records = _json(_decoded(content, str(path)), str(path))
+    if not isinstance(records, list):
+        raise DataError(
+            f"{path}: expected a JSON array of rows, found {type(records).__name__}; one row a line is .jsonl"
+        )
+    for number, record in enumerate(records, start=1):
+        yield f"{path}: row {number}", record
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+    reader = csv.DictReader(io.StringIO(_decoded(path.read_bytes(), str(path)), newline=""), strict=True)
+    try:
+        for record in reader:
+            place = f"{path}:{reader.line_num}"
+            if None in record or None in record.values():
+                raise DataError(f"{place}: expected {len(reader.fieldnames or ())} fields as in the header")
+            yield place, record
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}); the file may be truncated") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        records = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not valid Parquet ({error}); the file may be truncated") from None
+    for number, record in enumerate(records, start=1):
+        yield f"{path}: row {number}", record
+
+
+READERS: dict[str, Callable[[Path], Iterable[tuple[str, Any]]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json_array,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _hub(name: str, split: str, columns: Mapping[str, str]) -> list[Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"hub:{name}: needs the extra `hub`: pip install 'jaxpeft[hub]'") from None
+    try:
+        records = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library raises a dozen unrelated types: offline, not found, gated, no such split
+        raise DataError(f"hub:{name}: split {split!r} could not be loaded: {error}") from error
+    return [
+        _row(record, f"hub:{name}: {split} row {number}", columns) for number, record in enumerate(records, start=1)
+    ]
+
+
+def _decoded(content: bytes, place: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, bad = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise DataError(f"{place}: not UTF-8: byte {bad:#04x} at offset {error.start}, line {line}") from None
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f" line {error.lineno}" if error.lineno > 1 else ""
+        raise DataError(f"{place}:{where} not valid JSON ({error.msg}); the file may be truncated") from None
+
+
+def _row(record: Any, place: str, columns: Mapping[str, str]) -> Row:
+    """A record of a file as a `Row`: by `messages`, by a prompt and a response, or by `text`."""
+    if not isinstance(record, Mapping):
+        raise DataError(f"{place}: expected an object with named fields, found {type(record).__name__}")
+    for name in columns.values():
+        if name not in record:
+            raise DataError(f"{place}: no column {name!r}; found {', '.join(map(str, record))}")
+
+    def column(*names: str) -> str | None:
+        wanted = (columns[names[0]],) if names[0] in columns else names
+        return next((name for name in wanted if name in record), None)
+
+    def text(name: str) -> str:
+        if not isinstance(record[name], str):
+            raise DataError(f"{place}: {name} should be text, found {type(record[name]).__name__}")
+        return record[name]
+
+    messages, prompt, response, plain = column("messages"), column(*PROMPTS), column(*RESPONSES), column("text")
+    if messages:
+        return _messages(record[messages], f"{place}: {messages}")
+    if prompt and response:
+        extra = column("input")
+        given = text(extra) if extra and extra != prompt and record[extra] else ""
+        return _conversation(f"{text(prompt)}\n{given}" if given else text(prompt), text(response))
+    if plain:
+        return Row(text=text(plain))
+    raise DataError(
+        f"{place}: expected messages, or one of {'/'.join(PROMPTS)} with one of {'/'.join(RESPONSES)}, or text; "
+        f"found {', '.join(map(str, record)) or 'no fields'}. data.columns can name others"
+    )
+
+
+def _messages(value: Any, place: str) -> Row:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{place}: expected a list of messages")
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise DataError(f"{place}: message {number} should be {{role: …, content: text}}")
+        if message.get("role") not in ROLES:
+            raise DataError(f"{place}: message {number} has role {message.get('role')!r}; expected {', '.join(ROLES)}")
+    if value[-1]["role"] != "assistant":
+        raise DataError(f"{place}: the last message should be the assistant's, found {value[-1]['role']!r}")
+    return Row(tuple({"role": message["role"], "content": message["content"]} for message in value))
+
+
+def _conversation(prompt: str, answer: str) -> Row:
+    return Row(({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}))
