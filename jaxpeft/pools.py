@@ -1,4 +1,6 @@
-"""Shared pools of shards: drawing the index tables, checking them, and gathering with a cheap deterministic backward."""
+"""Shared pools of shards: drawing and checking index tables, and gathering with a deterministic backward."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -41,24 +43,27 @@ def unused(index: np.ndarray, entries: int) -> int:
     return entries - len(np.unique(index))
 
 
-@jax.custom_vjp
 def gather(pool: Array, index: Array) -> Array:
     """Rows of a pool for every layer, pool (N, width), index (L, n) with no row repeated in a layer -> (L, n, width).
 
-    The backward adds one layer after the other. Within a layer no row repeats, so each scatter is free of collisions: it
-    is deterministic on every backend, and on a CPU it costs 0.6-0.8 of the plain scatter-add and a fifth of a one-hot
-    product (docs/decisions/0003-pool-gather.md).
+    The backward adds one layer after the other. Within a layer no row repeats, so each scatter is free of collisions:
+    it is deterministic on every backend, and on a CPU it costs 0.6-0.8 of the plain scatter-add and a fifth of a
+    one-hot product (docs/decisions/0003-pool-gather.md).
     """
+    return _gather(pool.shape[0], pool, index)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(entries: int, pool: Array, index: Array) -> Array:
+    del entries
     return pool.at[index].get(mode="promise_in_bounds")
 
 
-def _gather_forward(pool: Array, index: Array) -> tuple[Array, tuple[Array, int]]:
-    return gather(pool, index), (index, pool.shape[0])
+def _gather_forward(entries: int, pool: Array, index: Array) -> tuple[Array, Array]:
+    return _gather(entries, pool, index), index
 
 
-def _gather_backward(residual: tuple[Array, int], cotangent: Array) -> tuple[Array, None]:
-    index, entries = residual
-
+def _gather_backward(entries: int, index: Array, cotangent: Array) -> tuple[Array, None]:
     def add(total: Array, layer: tuple[Array, Array]) -> tuple[Array, None]:
         rows, values = layer
         return total.at[rows].add(values, unique_indices=True, mode="promise_in_bounds"), None
@@ -67,4 +72,4 @@ def _gather_backward(residual: tuple[Array, int], cotangent: Array) -> tuple[Arr
     return jax.lax.scan(add, zero, (index, cotangent))[0], None
 
 
-gather.defvjp(_gather_forward, _gather_backward)
+_gather.defvjp(_gather_forward, _gather_backward)

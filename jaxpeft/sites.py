@@ -81,7 +81,7 @@ class Sites:
         for group in self.groups:
             if group.name == name:
                 return group
-        raise KeyError(f"no group {name!r}; {_nearest(name, [group.name for group in self.groups])}")
+        raise KeyError(f"no group {name!r}; {nearest_paths(name, [group.name for group in self.groups])}")
 
     @property
     def size(self) -> int:
@@ -206,12 +206,13 @@ def find(
 
 def flatten(params: Any) -> dict[str, Any]:
     """Every array leaf of a tree by its "/"-joined path, in the tree's order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {
-        jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
-        for keys, leaf in leaves
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-    }
+    return {path: leaf for path, leaf in paths_and_leaves(params) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
+
+
+def paths_and_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Every leaf of a tree with its "/"-joined path, in the tree's order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf) for keys, leaf in leaves]
 
 
 def _select(
@@ -232,12 +233,14 @@ def _select(
         chosen = [path for path, leaf in leaves.items() if selection(path, leaf)]
     else:
         if unmatched := [name for name in selection if not any(_ends_with(path, name) for path in leaves)]:
-            near = "; ".join(f"{name!r}: {_nearest(name, leaves)}" for name in unmatched)
+            near = "; ".join(f"{name!r}: {nearest_paths(name, leaves)}" for name in unmatched)
             raise ValueError(f"{argument} names that match nothing: {near}")
         chosen = [path for path in leaves if any(_ends_with(path, name) for name in selection)]
     if not chosen:
         what = selection if isinstance(selection, str) else getattr(selection, "__name__", selection)
-        raise ValueError(f"{argument}={what!r} matches none of {len(leaves)} arrays; {_nearest(str(what), leaves)}")
+        raise ValueError(
+            f"{argument}={what!r} matches none of {len(leaves)} arrays; {nearest_paths(str(what), leaves)}"
+        )
     return chosen
 
 
@@ -261,7 +264,7 @@ def _compile(pattern: str, argument: str) -> re.Pattern[str]:
         raise ValueError(f"{argument}={pattern!r} is not a regular expression: {error}") from None
 
 
-def _nearest(wanted: str, paths: Iterable[str]) -> str:
+def nearest_paths(wanted: str, paths: Iterable[str]) -> str:
     """The paths that look most like `wanted`, layers folded together, for an error message."""
     names = list(dict.fromkeys(_module_type(path)[0] for path in paths))
     plain = re.sub(r"[\\^$()|?+\[\]]|\.\*", " ", wanted).replace(".", "/")
@@ -304,7 +307,9 @@ def _declared_layouts(leaves: Mapping[str, Any], layouts: Mapping[str, str]) -> 
         regex = _compile(pattern, "layouts")
         matched = [path for path in leaves if regex.fullmatch(path)]
         if not matched:
-            raise ValueError(f"layouts: {pattern!r} matches none of {len(leaves)} arrays; {_nearest(pattern, leaves)}")
+            raise ValueError(
+                f"layouts: {pattern!r} matches none of {len(leaves)} arrays; {nearest_paths(pattern, leaves)}"
+            )
         for path in matched:
             shape = leaves[path].shape
             if len(shape) != len(layout):

@@ -1,0 +1,162 @@
+"""An adapter: its trained and its frozen arrays, apart from each other and from the base, with the spec and sites."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxpeft.sites import Group, Sites, flatten, nearest_paths
+from jaxpeft.spec import Spec, method_of
+from jaxpeft.updates import Update
+from jaxpeft.values import over_stack
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapter:
+    """What `init` makes and everything else takes; a pytree.
+
+    Attributes:
+        params: {group: {name: array}}, trained. Differentiate with respect to these alone.
+        constants: {group: {name: array}}, frozen: index tables, and every group's ``scale`` (L,).
+        spec: the method's hyper-parameters.
+        sites: the adapted weights.
+    """
+
+    params: dict[str, dict[str, Any]]
+    constants: dict[str, dict[str, Any]]
+    spec: Spec = dataclasses.field(metadata={"static": True})
+    sites: Sites = dataclasses.field(metadata={"static": True})
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other fields."""
+        return dataclasses.replace(self, **changes)
+
+    def with_alpha(self, alpha: float) -> Self:
+        """A copy with another alpha. Nothing that is compiled for the adapter is compiled again."""
+        spec = dataclasses.replace(self.spec, alpha=alpha)
+        factor = {group.name: spec.scale(group) / self.spec.scale(group) for group in self.sites}
+        constants = {
+            name: {**frozen, "scale": frozen["scale"] * factor[name]} for name, frozen in self.constants.items()
+        }
+        return self.replace(spec=spec, constants=constants)
+
+    def updates(self) -> dict[str, Update]:
+        """{group: update}, every array stacked over the group's L layers. Differentiable in `params`."""
+        return method_of(self.spec).updates(self.params, self.constants, self.spec, self.sites)
+
+
+def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> Adapter:
+    """A new adapter.
+
+    Args:
+        key: `jax.random.key`; every group draws from its own.
+        spec: the method's hyper-parameters, e.g. `jaxpeft.methods.mos.Spec(…)`.
+        sites: the weights to adapt, from `find`.
+        weights: the base parameters, for methods whose start reads them; the others ignore them.
+
+    Returns:
+        The adapter: float32 trained arrays, frozen arrays, and ΔW = 0 unless the method says otherwise.
+
+    Raises:
+        ValueError: the spec does not fit a site; the message names the nearest value that does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft
+        >>> from jaxpeft.methods import lora
+        >>> params = {"q_proj": {"kernel": jnp.zeros((64, 32))}}
+        >>> adapter = jaxpeft.init(jax.random.key(0), lora.Spec(rank=4), jaxpeft.find(params))
+        >>> jaxpeft.count(adapter)
+        384
+    """
+    params, constants = _draw(spec, sites, key, weights)
+    for group in sites:  # Outside the compiled function, which knows specs of every alpha as one.
+        constants[group.name]["scale"] = jnp.full(group.layers, spec.scale(group), jnp.float32)
+    return Adapter(params, constants, spec, sites)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _draw(spec: Spec, sites: Sites, key: Array, weights: Any) -> tuple[dict, dict]:
+    return method_of(spec).init(key, spec, sites, weights)
+
+
+def count(adapter: Adapter) -> int:
+    """Number of trained parameters; a shared pool counts once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(adapter.params))
+
+
+def delta(adapter: Adapter, base: Any = None) -> dict[str, Array]:
+    """The update of every adapted weight, as a dense array.
+
+    Args:
+        adapter: any adapter.
+        base: the base parameters; needed by updates that depend on the weight they change.
+
+    Returns:
+        {path: ΔW}, float32, in the kernel's own shape: stacked as the kernel is, zero in layers that are not adapted.
+    """
+    weights = {} if base is None else flatten(base)
+    deltas = {}
+    for path, (group, update) in by_path(adapter).items():
+        if weights:
+            weight = to_matrix(weights[path], group).astype(jnp.float32)
+        elif update.additive:
+            weight = jnp.zeros((*group.sizes("l"), group.in_dim, group.out_dim))
+        else:
+            raise ValueError(f"the update of {path} depends on the weight it changes; pass base=")
+        deltas[path] = from_matrix(
+            over_stack(type(update).materialize, len(group.sizes("l")))(update, weight) - weight, group
+        )
+    return deltas
+
+
+def by_path(adapter: Adapter) -> dict[str, tuple[Group, Update]]:
+    """{path: (group, update)}; the update's arrays lead with the array's stack axes, in their order.
+
+    An array that is adapted in some layers only gets zeros in the others.
+    """
+    found = {}
+    for name, update in adapter.updates().items():
+        group = adapter.sites[name]
+        leaves, structure = jax.tree.flatten(update)
+        # A split, because its transpose is one concatenation where L slices would each add a full-size array.
+        columns = [jax.lax.split(leaf, [len(leaf) // len(group.paths)] * len(group.paths)) for leaf in leaves]
+        for path, parts in zip(group.paths, zip(*columns, strict=True), strict=True):
+            whole = [_over_all_entries(part.reshape(*group.stack, *part.shape[1:]), group) for part in parts]
+            found[path] = group, jax.tree.unflatten(structure, whole)
+    return found
+
+
+def _over_all_entries(leaf: Array, group: Group) -> Array:
+    if group.entries is None:
+        return leaf
+    size = group.sizes("l")[0]
+    return jnp.zeros((size, *leaf.shape[1:]), leaf.dtype).at[jnp.asarray(group.entries)].set(leaf)
+
+
+def to_matrix(weight: Array, group: Group) -> Array:
+    """An array in its own layout as (*stack, in, out)."""
+    order = sorted(range(len(group.layout)), key=lambda axis: "lio".index(group.layout[axis]))
+    return jnp.transpose(weight, order).reshape(*group.sizes("l"), group.in_dim, group.out_dim)
+
+
+def from_matrix(matrix: Array, group: Group) -> Array:
+    """The inverse of `to_matrix`."""
+    order = sorted(range(len(group.layout)), key=lambda axis: "lio".index(group.layout[axis]))
+    apart = matrix.reshape(*group.sizes("l"), *group.sizes("i"), *group.sizes("o"))
+    return jnp.transpose(apart, [order.index(axis) for axis in range(len(order))])
+
+
+def check_base(sites: Sites, leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError unless every site is an array of the base, of the shape it was found with."""
+    for group in sites:
+        for path in group.paths:
+            if path not in leaves:
+                raise ValueError(f"the base has no array {path!r} to adapt; {nearest_paths(path, leaves)}")
+            if (shape := tuple(leaves[path].shape)) != group.shape:
+                raise ValueError(f"{path} has shape {shape} in this base; the adapter was made for {group.shape}")

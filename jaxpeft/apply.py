@@ -1,0 +1,198 @@
+"""Applies adapters to unmodified models, without forming W + ΔW.
+
+The model is traced to a jaxpr with its plain weights; the jaxpr is then interpreted with adapted values in their place.
+"""
+
+import dataclasses
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxpeft.adapter import Adapter, by_path, check_base
+from jaxpeft.interpret import evaluate
+from jaxpeft.sites import flatten, paths_and_leaves
+from jaxpeft.updates import Dropout
+from jaxpeft.values import Adapted, Use, recording
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a model used each adapted weight: what `explain` returns; printing shows a table."""
+
+    uses: tuple[tuple[Use, int], ...]
+
+    @property
+    def materialized(self) -> tuple[str, ...]:
+        """Sites whose weight was formed somewhere."""
+        return tuple(dict.fromkeys(use.site for use, _ in self.uses if not use.fused))
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """Sites that were used with their factors alone."""
+        formed = set(self.materialized)
+        return tuple(dict.fromkeys(use.site for use, _ in self.uses if use.site not in formed))
+
+    def __str__(self) -> str:
+        rows = [("site", "how", "by", "times")]
+        for use, times in self.uses:
+            rows.append((use.site, "fused" if use.fused else "materialised", use.primitive, str(times)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+class MaterializeWarning(UserWarning):
+    """A weight had to be formed: correct, but it costs the time and memory that fusing saves."""
+
+
+def adapt(fn: Callable) -> Callable:
+    """The function with adapters applied to its first argument.
+
+    Args:
+        fn: called as ``fn(base, *args, **kwargs)``; any JAX function of the parameters, e.g. a Linen ``apply``, or a
+            function that merges an NNX module from its state. It is not changed, and the base is not copied.
+
+    Returns:
+        ``forward(base, adapter, *args, dropout_key=None, **kwargs)``, which returns what ``fn`` returns for the base
+        with every adapted weight W replaced by W + ΔW. `adapter` is one `Adapter` or a list, whose updates add up.
+        Given a `dropout_key`, adapters whose spec asks for dropout drop their inputs. Array arguments are traced, all
+        others (flags, strings, sizes) stay as they are. Works under jit, grad, vmap, scan, remat and pmap.
+
+    Raises:
+        ValueError: at the call, if an adapted weight is missing from the base, has another shape, or is never used by
+            ``fn`` (it would train with zero gradient).
+
+    Warns:
+        MaterializeWarning: a weight is consumed by a primitive that has no rule, so W + ΔW is formed there.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft
+        >>> from jaxpeft.methods import lora
+        >>> base = {"up": {"kernel": jnp.ones((3, 4))}}
+        >>> adapter = jaxpeft.init(jax.random.key(0), lora.Spec(rank=2), jaxpeft.find(base))
+        >>> forward = jaxpeft.adapt(lambda base, x: x @ base["up"]["kernel"])
+        >>> forward(base, adapter, jnp.ones((1, 3)))
+        Array([[3., 3., 3., 3.]], dtype=float32)
+    """
+
+    @wraps(fn)
+    def forward(
+        base: Any, adapter: Adapter | Sequence[Adapter], *args: Any, dropout_key: Array | None = None, **kwargs: Any
+    ) -> Any:
+        adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+        out, uses = _evaluate(fn, base, adapters, args, kwargs, dropout_key)
+        if formed := Report(tuple(uses.items())).materialized:
+            by = sorted({use.primitive for use in uses if not use.fused})
+            warnings.warn(
+                f"{len(formed)} adapted weights are formed by {', '.join(by)}, which has no fused rule: "
+                f"{', '.join(formed[:5])}{', …' if len(formed) > 5 else ''}. See jaxpeft.explain.",
+                MaterializeWarning,
+                stacklevel=2,
+            )
+        return out
+
+    return forward
+
+
+def explain(fn: Callable, base: Any, adapter: Adapter | Sequence[Adapter], *args: Any, **kwargs: Any) -> Report:
+    """Tells for each adapted weight whether ``fn`` computes with its factors or forms it, and by which primitive.
+
+    Args:
+        fn: the function that `adapt` takes.
+        base: the parameters; `jax.ShapeDtypeStruct` leaves will do.
+        adapter: the adapter or adapters.
+        *args: what ``fn`` takes after the parameters; shapes will do for arrays.
+        **kwargs: the same by keyword.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft
+        >>> from jaxpeft.methods import lora
+        >>> base = {"up": {"kernel": jnp.ones((3, 4))}}
+        >>> adapter = jaxpeft.init(jax.random.key(0), lora.Spec(rank=2), jaxpeft.find(base))
+        >>> print(jaxpeft.explain(lambda base, x: x @ base["up"]["kernel"], base, adapter, jnp.ones((1, 3))))
+        site       how    by           times
+        up/kernel  fused  dot_general  1
+    """
+    adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+    dynamic, static, structure = _split_arrays((args, kwargs))
+    reports = []
+
+    def shapes_only(base: Any, adapters: list[Adapter], dynamic: list) -> Any:
+        args, kwargs = _join_arrays(dynamic, static, structure)
+        out, uses = _evaluate(fn, base, adapters, args, kwargs, None)
+        reports.append(Report(tuple(uses.items())))
+        return out
+
+    jax.eval_shape(shapes_only, base, adapters, dynamic)
+    return reports[0]
+
+
+def _evaluate(
+    fn: Callable,
+    base: Any,
+    adapters: Sequence[Adapter],
+    args: tuple,
+    kwargs: dict,
+    dropout_key: Array | None,
+) -> tuple[Any, Counter[Use]]:
+    """What the adapted function returns, and how it used the weights."""
+    values = _adapted_weights(flatten(base), adapters, dropout_key)
+    dynamic, static, structure = _split_arrays((args, kwargs))
+
+    def plain(base: Any, dynamic: list) -> Any:
+        args, kwargs = _join_arrays(dynamic, static, structure)
+        return fn(base, *args, **kwargs)
+
+    jaxpr, out_shape = jax.make_jaxpr(plain, return_shape=True)(base, dynamic)
+    weights = [values.get(path, leaf) for path, leaf in paths_and_leaves(base)]
+    with recording() as uses:
+        outputs = evaluate(jaxpr, [*weights, *jax.tree.leaves(dynamic)])
+    used = {use.site for use in uses}
+    if unused := [site for site in values if site not in used]:
+        raise ValueError(
+            f"{len(unused)} adapted weights are never used by this function and would train with zero gradient: "
+            f"{', '.join(unused[:5])}{', …' if len(unused) > 5 else ''}; exclude them in jaxpeft.find"
+        )
+    return jax.tree.unflatten(jax.tree.structure(out_shape), outputs), uses
+
+
+def _adapted_weights(
+    leaves: dict[str, Any], adapters: Sequence[Adapter], dropout_key: Array | None
+) -> dict[str, Adapted]:
+    """{path: value} over the sites of all adapters."""
+    values: dict[str, Adapted] = {}
+    for number, adapter in enumerate(adapters):
+        check_base(adapter.sites, leaves)
+        for at, (path, (group, update)) in enumerate(by_path(adapter).items()):
+            if dropout_key is not None and adapter.spec.dropout > 0:
+                key = jax.random.fold_in(jax.random.fold_in(dropout_key, number), at)
+                update = Dropout(update, jax.random.split(key, group.sizes("l")), adapter.spec.dropout)
+            if path not in values:
+                order = tuple(range(len(group.shape)))
+                values[path] = Adapted(leaves[path], (), group.layout, order, path)
+            elif values[path].layout != group.layout:
+                raise ValueError(
+                    f"two adapters disagree on the layout of {path}: {values[path].layout}, {group.layout}"
+                )
+            values[path] = dataclasses.replace(values[path], updates=(*values[path].updates, update))
+    return values
+
+
+def _split_arrays(tree: Any) -> tuple[list, list, Any]:
+    """Array leaves (None elsewhere), all other leaves (None at arrays), and the structure."""
+    leaves, structure = jax.tree.flatten(tree)
+    is_array = [isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct) for leaf in leaves]
+    dynamic = [leaf if at else None for leaf, at in zip(leaves, is_array, strict=True)]
+    static = [None if at else leaf for leaf, at in zip(leaves, is_array, strict=True)]
+    return dynamic, static, structure
+
+
+def _join_arrays(dynamic: list, static: list, structure: Any) -> Any:
+    leaves = [kept if leaf is None else leaf for leaf, kept in zip(dynamic, static, strict=True)]
+    return jax.tree.unflatten(structure, leaves)

@@ -1,0 +1,88 @@
+"""Merging: a new parameter tree with the updates added in, and what the cast to the base's dtype loses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxpeft.adapter import Adapter, by_path, check_base, from_matrix, to_matrix
+from jaxpeft.sites import Group, flatten, paths_and_leaves
+from jaxpeft.updates import Update
+from jaxpeft.values import materialize, over_stack
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What one cast to the base's dtype loses.
+
+    Attributes:
+        largest_error: {path: max |merged - (W + ΔW)|}.
+        lost: {path: ‖merged - (W + ΔW)‖ / ‖ΔW‖}, the share of the update that rounding drowns; 0 if ΔW is zero.
+    """
+
+    largest_error: dict[str, float]
+    lost: dict[str, float]
+
+    def __str__(self) -> str:
+        error, share = max(self.largest_error.values()), max(self.lost.values())
+        at = max(self.lost, key=self.lost.__getitem__)
+        return f"merged {len(self.lost)} arrays: largest rounding error {error:.2e}, at most {share:.2%} of ΔW ({at})"
+
+
+def merge(base: Any, adapter: Adapter | Sequence[Adapter]) -> Any:
+    """The base with every adapted weight W replaced by W + ΔW, computed in float32 and cast once.
+
+    Args:
+        base: the base parameters; they stay as they are. Undoing a merge is keeping them.
+        adapter: one adapter, or several, whose updates add up.
+
+    Returns:
+        A new tree of the same structure, shapes and dtypes; arrays that are not adapted are shared with the base.
+
+    Raises:
+        ValueError: the base lacks an adapted weight, or it has another shape.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft
+        >>> from jaxpeft.methods import lora
+        >>> base = {"up": {"kernel": jnp.ones((3, 4))}}
+        >>> adapter = jaxpeft.init(jax.random.key(0), lora.Spec(rank=2), jaxpeft.find(base))
+        >>> bool((jaxpeft.merge(base, adapter)["up"]["kernel"] == base["up"]["kernel"]).all())
+        True
+    """
+    return merge_with_report(base, adapter)[0]
+
+
+def merge_with_report(base: Any, adapter: Adapter | Sequence[Adapter]) -> tuple[Any, MergeReport]:
+    """`merge`, and the error of its cast, measured against float32."""
+    adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+    leaves = flatten(base)
+    changes: dict[str, tuple[Group, tuple[Update, ...]]] = {}
+    for one in adapters:
+        check_base(one.sites, leaves)
+        for path, (group, update) in by_path(one).items():
+            changes[path] = group, (*changes.get(path, (group, ()))[1], update)
+    merged, errors = {}, {}
+    for path, (group, updates) in changes.items():
+        merged[path], errors[path] = _merge_one(group, leaves[path], updates)
+    errors = jax.device_get(errors)
+    report = MergeReport(
+        largest_error={path: float(largest) for path, (largest, _) in errors.items()},
+        lost={path: float(lost) for path, (_, lost) in errors.items()},
+    )
+    tree = [merged.get(path, leaf) for path, leaf in paths_and_leaves(base)]
+    return jax.tree.unflatten(jax.tree.structure(base), tree), report
+
+
+@partial(jax.jit, static_argnums=0)
+def _merge_one(group: Group, weight: Array, updates: tuple[Update, ...]) -> tuple[Array, tuple[Array, Array]]:
+    frozen = to_matrix(weight, group).astype(jnp.float32)
+    exact = over_stack(materialize, len(group.sizes("l")))(updates, frozen)
+    merged = exact.astype(weight.dtype)
+    error, change = merged.astype(jnp.float32) - exact, jnp.linalg.norm(exact - frozen)
+    lost = jnp.linalg.norm(error) / jnp.where(change > 0, change, jnp.inf)
+    return from_matrix(merged, group), (jnp.abs(error).max(), lost)

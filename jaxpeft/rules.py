@@ -1,0 +1,302 @@
+"""How single operations compute with an adapted weight: products with its factors, and views that keep them."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import primitives
+
+from jaxpeft.updates import Base, Update
+from jaxpeft.values import Adapted, record
+
+
+def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
+    """x·W' over all of W's in-axes, or over all of its out-axes, from either side; stack axes are batched or free."""
+    if isinstance(lhs, Adapted) and isinstance(rhs, Adapted):
+        return NotImplemented
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = params["dimension_numbers"]
+    on_left = isinstance(lhs, Adapted)
+    value, x = (lhs, rhs) if on_left else (rhs, lhs)
+    contract, batch = (lhs_contract, lhs_batch) if on_left else (rhs_contract, rhs_batch)
+    x_contract, x_batch = (rhs_contract, rhs_batch) if on_left else (lhs_contract, lhs_batch)
+    contracted = [value.order[axis] for axis in contract]
+    batched = [value.order[axis] for axis in batch]
+    stack = value.axes("l")
+    backwards = sorted(contracted) == value.axes("o")
+    if not (backwards or sorted(contracted) == value.axes("i")) or not set(batched) <= set(stack):
+        return NotImplemented
+    record(value, "dot_general", fused=True)
+
+    # x as (*batched stack, *free, features) in the order of the weight's own axes.
+    x_stack = [x_batch[batched.index(axis)] for axis in stack if axis in batched]
+    x_features = [x_contract[contracted.index(axis)] for axis in sorted(contracted)]
+    x_free = [axis for axis in range(x.ndim) if axis not in (*x_batch, *x_contract)]
+    rows = jnp.transpose(x, [*x_stack, *x_free, *x_features])
+    rows = rows.reshape(*rows.shape[: len(x_stack) + len(x_free)], -1)
+
+    def product(updates: tuple[Update, ...], matrix: Array | None, rows: Array) -> Array:
+        def forward(rows: Array) -> Array:
+            return _product(updates, base, rows)
+
+        base = None if matrix is None else Base(matrix, partial(_dot, params, matrix))
+        if not backwards:
+            return forward(rows)
+        like = jax.ShapeDtypeStruct((*rows.shape[:-1], math.prod(value.dims("i"))), rows.dtype)
+        out = jax.eval_shape(forward, like)
+        return jax.linear_transpose(forward, like)(rows.astype(out.dtype))[0]
+
+    additive = all(update.additive for update in value.updates)
+    matrix = None if additive else value.matrix()
+    mapped: Callable = product
+    for axis in reversed(stack):
+        mapped = jax.vmap(mapped, in_axes=(0, None if additive else 0, 0 if axis in batched else None))
+    with _precision(params["precision"]):
+        y = mapped(value.updates, matrix, rows)
+    outs = value.axes("i" if backwards else "o")
+    y = y.reshape(*y.shape[:-1], *(value.weight.shape[axis] for axis in outs))
+
+    # From (*stack, *free, *outs) to dot_general's own order: batch, free axes of lhs, free axes of rhs.
+    free_of_value = [("w", axis) for axis in value.order if axis not in contracted and axis not in batched]
+    free_of_x = [("x", axis) for axis in x_free]
+    have = [*(("w", axis) for axis in stack), *free_of_x, *(("w", axis) for axis in outs)]
+    want = [("w", axis) for axis in batched]
+    want += free_of_value + free_of_x if on_left else free_of_x + free_of_value
+    y = jnp.transpose(y, [have.index(axis) for axis in want])
+    if not additive:
+        return y
+    weight = jnp.transpose(value.weight, value.order)
+    frozen = primitives.dot_general_p.bind(*((weight, x) if on_left else (x, weight)), **params)
+    return frozen + y.astype(frozen.dtype)
+
+
+def _dot(params: dict, matrix: Array, rows: Array) -> Array:
+    """The model's own product, with one weight as (in, out) matrix."""
+    kept = {name: params[name] for name in ("precision", "preferred_element_type")}
+    return jax.lax.dot_general(rows, matrix, (((rows.ndim - 1,), (0,)), ((), ())), **kept)
+
+
+def _product(updates: tuple[Update, ...], base: Base | None, rows: Array) -> Array:
+    """x·W' of one weight; only x·ΔW where every update is additive and no base is given."""
+    if base is None:
+        return sum(update.delta_matmul(rows) for update in updates)  # pyright: ignore[reportReturnType]
+    total, *others = [update.matmul(rows, base) for update in updates]
+    for other in others:
+        total = total + (other - base.dot(rows))
+    return total
+
+
+def _precision(precision: Any) -> contextlib.AbstractContextManager:
+    """The model's own matmul precision, for the products with the factors."""
+    first = precision[0] if isinstance(precision, tuple) else precision
+    if first is None:
+        return contextlib.nullcontext()
+    name = first.name.lower() if isinstance(first, jax.lax.Precision) else first.name
+    return jax.default_matmul_precision(name)
+
+
+def gather(params: dict, value: Any, indices: Any) -> Any:
+    """Rows of an embedding: W[ids] + rows of ΔW."""
+    numbers = params["dimension_numbers"]
+    takes_rows = (
+        isinstance(value, Adapted)
+        and value.letters == "io"
+        and numbers.collapsed_slice_dims == numbers.start_index_map == (0,)
+        and numbers.offset_dims == (indices.ndim - 1,)
+        and not numbers.operand_batching_dims
+        and params["slice_sizes"] == (1, value.shape[1])
+    )
+    if not takes_rows:
+        return NotImplemented
+
+    def take(matrix: Array) -> Array:
+        return primitives.gather_p.bind(matrix, indices, **{**params, "slice_sizes": (1, matrix.shape[1])})
+
+    rows = take(jnp.transpose(value.weight, value.order))
+    for update in value.updates:
+        delta = update.delta_rows(take) if update.additive else None
+        if delta is None:
+            return NotImplemented
+        rows = rows + delta.astype(rows.dtype)
+    record(value, "gather", fused=True)
+    return rows
+
+
+def convert_element_type(params: dict, value: Adapted) -> Any:
+    """The weight in another float type. The factors keep theirs: they follow the dtype of what they multiply."""
+    if not jnp.issubdtype(params["new_dtype"], jnp.floating):
+        return NotImplemented
+    weight = primitives.convert_element_type_p.bind(value.weight, **params)
+    return dataclasses.replace(value, weight=weight)
+
+
+def transpose(params: dict, value: Adapted) -> Adapted:
+    """Another order of the axes; nothing moves."""
+    return dataclasses.replace(value, order=tuple(value.order[axis] for axis in params["permutation"]))
+
+
+def reshape(params: dict, value: Adapted) -> Any:
+    """Splits or merges neighbouring in-axes, or neighbouring out-axes."""
+    settled = _settle(value)
+    if settled is NotImplemented or params["dimensions"] is not None:
+        return NotImplemented
+    layout = _reshaped_layout(settled.shape, settled.layout, params["new_sizes"])
+    if layout is None:
+        return NotImplemented
+    weight = primitives.reshape_p.bind(settled.weight, **params)
+    return dataclasses.replace(settled, weight=weight, layout=layout, order=tuple(range(len(layout))))
+
+
+def _settle(value: Adapted) -> Any:
+    """The same value with its weight transposed into its order, if axes of one letter keep theirs."""
+    if any([axis for axis in value.order if value.layout[axis] == letter] != value.axes(letter) for letter in "ilo"):
+        return NotImplemented
+    weight = jnp.transpose(value.weight, value.order)
+    return dataclasses.replace(value, weight=weight, layout=value.letters, order=tuple(range(weight.ndim)))
+
+
+def _reshaped_layout(shape: Sequence[int], layout: str, new_shape: Sequence[int]) -> str | None:
+    """Letters of a reshaped array, or None if an axis would mix letters or split a stack."""
+    if 1 in shape or 1 in new_shape:  # Which neighbour a unit axis belongs to is not certain.
+        return None
+    letters, begin = "", 0
+    while begin < len(shape):
+        end, new_end = begin + 1, len(letters) + 1
+        while (old := math.prod(shape[begin:end])) != (new := math.prod(new_shape[len(letters) : new_end])):
+            end, new_end = (end + 1, new_end) if old < new else (end, new_end + 1)
+        block, count = layout[begin:end], new_end - len(letters)
+        if len(set(block)) > 1 or ("l" in block and (len(block), count) != (1, 1)):
+            return None
+        letters, begin = letters + block[0] * count, end
+    return letters
+
+
+def squeeze(params: dict, value: Adapted) -> Adapted:
+    """Drops axes of size one."""
+    dropped = [value.order[axis] for axis in params["dimensions"]]
+    stack = [value.axes("l").index(axis) for axis in dropped if value.layout[axis] == "l"]
+    kept = [axis for axis in range(len(value.layout)) if axis not in dropped]
+    return dataclasses.replace(
+        value,
+        weight=jax.lax.squeeze(value.weight, dropped),
+        updates=jax.tree.map(lambda leaf: jax.lax.squeeze(leaf, stack), value.updates),
+        layout="".join(value.layout[axis] for axis in kept),
+        order=tuple(kept.index(axis) for axis in value.order if axis in kept),
+    )
+
+
+def broadcast_in_dim(params: dict, value: Adapted, *dynamic: Any) -> Any:
+    """Adds axes of size one, as stacks of a single layer."""
+    places, shape = params["broadcast_dimensions"], params["shape"]
+    new = [axis for axis in range(len(shape)) if axis not in places]
+    if dynamic or [shape[axis] for axis in places] != list(value.shape) or any(shape[axis] != 1 for axis in new):
+        return NotImplemented
+    # The new axes are stored last; of the stack axes they are then the last as well.
+    stored = dict(zip(new, range(len(value.layout), len(shape)), strict=True))
+    stack = len(value.axes("l"))
+    return dataclasses.replace(
+        value,
+        weight=jnp.expand_dims(value.weight, tuple(stored.values())),
+        updates=jax.tree.map(lambda leaf: jnp.expand_dims(leaf, tuple(range(stack, stack + len(new)))), value.updates),
+        layout=value.layout + "l" * len(new),
+        order=tuple(stored[axis] if axis in stored else value.order[places.index(axis)] for axis in range(len(shape))),
+    )
+
+
+def slice_(params: dict, value: Adapted) -> Any:
+    """A static slice of the layers."""
+    starts, limits = params["start_indices"], params["limit_indices"]
+    strides = params["strides"] or (1,) * len(starts)
+
+    def cut(array: Array, axis: int, view_axis: int) -> Array:
+        return jax.lax.slice_in_dim(array, starts[view_axis], limits[view_axis], strides[view_axis], axis)
+
+    sizes = [len(range(*bounds)) for bounds in zip(starts, limits, strides, strict=True)]
+    return _cut_stack(value, sizes, cut)
+
+
+def dynamic_slice(params: dict, value: Any, *starts: Any) -> Any:
+    """A slice of the layers at traced positions."""
+    if not isinstance(value, Adapted):
+        return NotImplemented
+    sizes = params["slice_sizes"]
+
+    def cut(array: Array, axis: int, view_axis: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, starts[view_axis], sizes[view_axis], axis)
+
+    return _cut_stack(value, sizes, cut)
+
+
+def _cut_stack(value: Adapted, sizes: Sequence[int], cut: Callable[[Array, int, int], Array]) -> Any:
+    """Cuts the weight and its updates along the stack axes that become smaller; other axes must stay whole."""
+    weight, updates = value.weight, value.updates
+    for view_axis, (size, whole) in enumerate(zip(sizes, value.shape, strict=True)):
+        if size == whole:
+            continue
+        axis = value.order[view_axis]
+        if value.layout[axis] != "l":
+            return NotImplemented
+        weight = cut(weight, axis, view_axis)
+        stack_axis = value.axes("l").index(axis)
+        updates = jax.tree.map(lambda leaf, at=stack_axis, view=view_axis: cut(leaf, at, view), updates)
+    return dataclasses.replace(value, weight=weight, updates=updates)
+
+
+def stop_gradient(params: dict, value: Adapted) -> Adapted:
+    """No gradient flows to the factors."""
+    return jax.tree.map(lambda leaf: primitives.stop_gradient_p.bind(leaf, **params), value)
+
+
+def on_weight(primitive: jex.Primitive) -> Callable:
+    """Rule of an operation that leaves the values as they are: it is done to the weight alone."""
+
+    def rule(params: dict, value: Adapted) -> Adapted:
+        done = primitive.bind(jnp.transpose(value.weight, value.order), **params)
+        back = [value.order.index(axis) for axis in range(done.ndim)]
+        return dataclasses.replace(value, weight=jnp.transpose(done, back))
+
+    return rule
+
+
+def stack_axis_first(value: Adapted) -> Any:
+    """The same value stored with its first axis, which must stack layers, as the leading axis of all arrays."""
+    axis = value.order[0]
+    if value.layout[axis] != "l":
+        return NotImplemented
+    kept = [axis, *(other for other in range(len(value.layout)) if other != axis)]
+    stack_axis = value.axes("l").index(axis)
+    return dataclasses.replace(
+        value,
+        weight=jnp.transpose(value.weight, kept),
+        updates=jax.tree.map(lambda leaf: jnp.moveaxis(leaf, stack_axis, 0), value.updates),
+        layout="".join(value.layout[other] for other in kept),
+        order=tuple(kept.index(other) for other in value.order),
+    )
+
+
+def without_leading_axis(value: Adapted) -> Adapted:
+    """What `stack_axis_first` gave, after a scan has taken the leading axis off every array."""
+    return dataclasses.replace(value, layout=value.layout[1:], order=tuple(axis - 1 for axis in value.order[1:]))
+
+
+RULES: dict[jex.Primitive, Callable[..., Any]] = {
+    primitives.dot_general_p: dot_general,
+    primitives.gather_p: gather,
+    primitives.convert_element_type_p: convert_element_type,
+    primitives.transpose_p: transpose,
+    primitives.reshape_p: reshape,
+    primitives.squeeze_p: squeeze,
+    primitives.broadcast_in_dim_p: broadcast_in_dim,
+    primitives.slice_p: slice_,
+    primitives.dynamic_slice_p: dynamic_slice,
+    primitives.stop_gradient_p: stop_gradient,
+    primitives.sharding_constraint_p: on_weight(primitives.sharding_constraint_p),
+    primitives.copy_p: on_weight(primitives.copy_p),
+    primitives.name_p: on_weight(primitives.name_p),
+}

@@ -1,0 +1,116 @@
+"""An adapted weight as an array value: the weight and its updates, standing for W + ΔW; and the notes of its uses."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxpeft.updates import Update
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapted:
+    """A weight and its updates, standing for the array W' = W + Σ ΔW; a pytree.
+
+    Attributes:
+        weight: W in the layout it is stored in.
+        updates: their arrays lead with the layout's stack axes, in order.
+        layout: one letter an axis of `weight`, as in `jaxpeft.sites.Group`.
+        order: the value is `weight` transposed by this permutation.
+        site: path of the weight, for reports.
+    """
+
+    weight: Array
+    updates: tuple[Update, ...]
+    layout: str = dataclasses.field(metadata={"static": True})
+    order: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    site: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the value."""
+        return tuple(self.weight.shape[axis] for axis in self.order)
+
+    @property
+    def letters(self) -> str:
+        """The layout of the value."""
+        return "".join(self.layout[axis] for axis in self.order)
+
+    def axes(self, letter: str) -> list[int]:
+        """Axes of `weight` that carry a letter."""
+        return [axis for axis, at in enumerate(self.layout) if at == letter]
+
+    def dims(self, letter: str) -> tuple[int, ...]:
+        """Sizes of the axes of `weight` that carry a letter."""
+        return tuple(self.weight.shape[axis] for axis in self.axes(letter))
+
+    def matrix(self) -> Array:
+        """W as (*stack, in, out)."""
+        inner = [*self.axes("l"), *self.axes("i"), *self.axes("o")]
+        dims = (math.prod(self.dims("i")), math.prod(self.dims("o")))
+        return jnp.transpose(self.weight, inner).reshape(*self.dims("l"), *dims)
+
+    def materialize(self) -> Array:
+        """W' formed in float32 and cast once to the dtype of W."""
+        total = over_stack(materialize, len(self.dims("l")))(self.updates, self.matrix().astype(jnp.float32))
+        apart = total.astype(self.weight.dtype).reshape(*self.dims("l"), *self.dims("i"), *self.dims("o"))
+        inner = [*self.axes("l"), *self.axes("i"), *self.axes("o")]
+        return jnp.transpose(apart, [inner.index(axis) for axis in self.order])
+
+
+def materialize(updates: tuple[Update, ...], weight: Array) -> Array:
+    """W + Σ ΔW for one float32 weight (in, out); every update changes the frozen W, not what another made of it."""
+    total, *others = [update.materialize(weight) for update in updates]
+    for other in others:
+        total = total + (other - weight)
+    return total
+
+
+def over_stack(fn: Callable, axes: int) -> Callable:
+    """Maps a function of one weight over the leading stack axes of all its arguments."""
+    for _ in range(axes):
+        fn = jax.vmap(fn)
+    return fn
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place where a model consumed an adapted weight.
+
+    Attributes:
+        site: path of the weight.
+        primitive: name of the JAX primitive.
+        fused: whether it computed with the factors; otherwise the weight was formed.
+    """
+
+    site: str
+    primitive: str
+    fused: bool
+
+
+_recorders: ContextVar[tuple[Counter[Use], ...]] = ContextVar("recorders", default=())
+
+
+@contextmanager
+def recording() -> Iterator[Counter[Use]]:
+    """Counts the uses of adapted weights while a model is evaluated, which is at trace time."""
+    uses: Counter[Use] = Counter()
+    token = _recorders.set((*_recorders.get(), uses))
+    try:
+        yield uses
+    finally:
+        _recorders.reset(token)
+
+
+def record(value: Adapted, primitive: str, *, fused: bool) -> None:
+    """Notes one use of an adapted weight."""
+    for uses in _recorders.get():
+        uses[Use(value.site, primitive, fused)] += 1
