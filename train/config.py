@@ -58,13 +58,13 @@ class Data:
     columns: dict[Literal["messages", "prompt", "input", "response", "text"], str] = field(default_factory=dict)
     """Names of the columns of your file, for instance `{prompt: question, response: solution}`."""
     template: Literal["chat", "chatml", "plain"] = "chat"
-    """`chat`: the tokenizer's own template. `chatml`: ChatML without a default system message. `plain`: prompt, newline, answer."""
+    """`chat`: the tokenizer's own; `chatml`: ChatML, no default system message; `plain`: prompt, newline, answer."""
     max_length: Annotated[int, Field(gt=1)] = 512
     """Most tokens a row may have, prompt and answer together."""
     too_long: Literal["cut", "drop"] = "drop"
     """Longer rows are cut at the end, or dropped; how many is reported."""
     batching: Literal["buckets", "pad", "pack"] = "buckets"
-    """`buckets`: rows of similar length, padded to one of a few lengths. `pad`: one length. `pack`: several rows in one sequence."""
+    """`buckets`: similar rows, padded to one of a few lengths; `pad`: one length; `pack`: several rows a sequence."""
     buckets: Positive = 3
     """How many lengths (each is one compilation)."""
 
@@ -103,6 +103,8 @@ class Train:
     """Steps between fetches of the loss from the device (every step's loss is written either way)."""
     evaluate_every: Count = 0
     """Steps between held-out losses; 0: only before and after training."""
+    evaluate_rows: Positive = 64
+    """Those losses are of the first this many held-out rows."""
     checkpoint_every: Positive = 100
     keep: Positive = 2
     """How many checkpoints stay on disk."""
@@ -234,8 +236,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def as_dict(config: Config) -> dict:
     """Plain dicts, lists and scalars; `dump` writes them and `parse` reads them back to the same `Config`.
 
-    >>> text = "{model: {name: m}, method: {name: lora, rank: 2}, data: {source: synthetic}, train: {steps: 2}, output: {folder: o}}"
-    >>> config = parse(text)
+    >>> text = "{model: {name: m}, method: {name: lora, rank: 2}, data: {source: synthetic}, train: {steps: 2}"
+    >>> config = parse(text + ", output: {folder: runs/x}}")
     >>> parse(dump(config)) == config
     True
     """

@@ -1,6 +1,7 @@
 """How tokenised rows become batches: lengths, buckets, packing, order, and an iterator whose position can be saved."""
 
 import hashlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Batch:
 
     Attributes:
       length: positions of every sequence, padding included.
-      sequences: for every sequence the numbers of the examples in it: one, several when packed, none to fill up a batch.
+      sequences: the numbers of the examples in each sequence: one, several when packed, none to fill up a batch.
     """
 
     length: int
@@ -66,7 +67,7 @@ def encode(rows: Sequence[Row], template: Template, data: Data) -> tuple[list[Ro
 
 
 def bucket_lengths(lengths: Sequence[int], count: int) -> tuple[int, ...]:
-    """The at most `count` lengths, multiples of 8, to which rows of these lengths are padded with the least padding in all.
+    """At most `count` lengths, multiples of 8, such that padding every row to the next of them pads least in all.
 
     >>> bucket_lengths([3, 4, 5, 30, 31, 90], 2)
     (32, 96)
@@ -104,7 +105,7 @@ def plan(lengths: np.ndarray, data: Data, train: Train) -> list[Batch]:
     waiting: list[tuple[int, ...]] = []
     mixer = random.Random(data.seed)
     while train.steps is None or len(batches) < train.steps:
-        window = [row for row, _ in zip(order, range(WINDOW * train.batch_size), strict=False)]
+        window = list(itertools.islice(order, WINDOW * train.batch_size))
         if data.batching == "pack":
             sequences = waiting + first_fit(window, lengths, capacity)
         else:
@@ -144,7 +145,7 @@ def first_fit(rows: Sequence[int], lengths: np.ndarray, capacity: int) -> list[t
 
 
 def fixed_batches(lengths: np.ndarray, batch_size: int, buckets: int) -> list[Batch]:
-    """Every example once, in batches of few shapes, shortest first; the last batch is filled up with empty sequences."""
+    """Every example once, in batches of few shapes, shortest first; empty sequences fill up the last batch."""
     sizes = bucket_lengths(lengths, buckets)
     order = [int(row) for row in np.argsort(lengths, kind="stable")]
     batches = []
@@ -189,7 +190,7 @@ def collate(batch: Batch, examples: Sequence[Example], packed: bool = False) -> 
 
 
 def iterate(batches: Sequence[Batch], examples: Sequence[Example], packed: bool) -> grain.DatasetIterator:
-    """Iterates over the collated batches; `get_state()` and `set_state()` carry its position, a small JSON-able dict."""
+    """The collated batches; `get_state()` and `set_state()` of the iterator carry its position, a JSON-able dict."""
     source = grain.MapDataset.source(batches).map(lambda batch: collate(batch, examples, packed))
     return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 

@@ -38,7 +38,7 @@ class Compiled:
         self.executables: dict[Any, Any] = {}
         self.seconds = 0.0
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:  # noqa: D102
         leaves, structure = jax.tree.flatten(args)
         key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self.executables:

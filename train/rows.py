@@ -63,7 +63,7 @@ def load(data: Data) -> tuple[list[Row], list[Row]]:
     if held_out is None:
         if len(train) <= data.held_out_rows:
             raise DataError(
-                f"{data.source}: {len(train)} rows, of which data.held_out_rows={data.held_out_rows} are to be set aside"
+                f"{data.source}: has {len(train)} rows, too few to set data.held_out_rows={data.held_out_rows} aside"
             )
         order = list(grain.MapDataset.range(len(train)).seed(data.seed).shuffle())
         held_out = [train[i] for i in order[: data.held_out_rows]]
@@ -123,7 +123,9 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
                 raise DataError(f"{place}: expected {len(reader.fieldnames or ())} fields as in the header")
             yield place, record
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}); the file may be truncated") from None
+        raise DataError(
+            f"{path}: after line {reader.line_num}: not valid CSV ({error}); the file may be truncated"
+        ) from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -200,7 +202,7 @@ def _row(record: Any, place: str, columns: Mapping[str, str]) -> Row:
         return _messages(record[messages], f"{place}: {messages}")
     if prompt and response:
         extra = column("input")
-        given = text(extra) if extra and extra != prompt and record[extra] else ""
+        given = text(extra) if extra not in (None, prompt, response) and record[extra] else ""
         return _conversation(f"{text(prompt)}\n{given}" if given else text(prompt), text(response))
     if plain:
         return Row(text=text(plain))

@@ -64,7 +64,7 @@ class Template:
         return np.asarray(self._tokens(self._render(messages, answer_next=True)), np.int32)
 
     def encode(self, row: Row) -> Example:
-        """The tokens of a row; learned are every answer of the assistant with its end-of-turn token, or all of a text."""
+        """The tokens of a row; learned is every answer with its end-of-turn token, or all of a plain text."""
         if not row.messages:
             tokens = [*self._tokens(self._start + row.text), self.tokenizer.eos_token_id]
             return Example(np.asarray(tokens, np.int32), np.ones(len(tokens), bool))
@@ -78,8 +78,8 @@ class Template:
             after = self._render(row.messages[: i + 1])
             if not (before.startswith(text) and after.startswith(before)):
                 raise TemplateError(
-                    "the chat template rewrites earlier turns when a turn is added, so the answers cannot be told from the "
-                    f"prompts: {before[-60:]!r} is not where {after[-60:]!r} begins; use data.template: chatml"
+                    "the chat template rewrites earlier turns when a turn is added, so answers cannot be told from "
+                    f"prompts: {after[-60:]!r} does not begin with {before[-60:]!r}; use data.template: chatml"
                 )
             # Prompt and answer are tokenised apart only if the tokenizer would merge across their border: at
             # generation the prompt stands alone, so that is the split to learn.

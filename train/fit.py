@@ -1,0 +1,77 @@
+"""A whole run: measure, train, measure, save, reload, report."""
+
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+import jaxpeft
+from train import devices, job, loop, report, run
+from train.config import Config
+from train.evaluate import Evaluator
+
+
+def fit(config: Config, console: Console) -> Path:
+    """Runs what `config` says, or goes on with it, and returns the run folder.
+
+    The saved adapter is loaded again and must give the identical held-out loss before the report is written.
+
+    Raises:
+      RunError: the run folder cannot be used, or the saved adapter is not the trained one.
+      Diverged, Stopped: see `loop.train`.
+    """
+    folder = run.open_folder(config)
+    made = job.assemble(config)
+    console.print(jaxpeft.summary(made.adapter), *made.notes, sep="\n", highlight=False)
+    if jax.process_index() == 0:
+        run.reserve(folder, _run_bytes(made, config.train.keep))
+
+    evaluator = Evaluator(made)
+    if (folder / "before.json").exists():
+        before = run.json_of(folder / "before.json")
+    else:
+        console.print("measuring before training …")
+        before = evaluator(made.adapter)
+        if jax.process_index() == 0:
+            run.write_json(folder / "before.json", before)
+    adapter = loop.train(made, folder, evaluator)
+    console.print("measuring after training …")
+    after = evaluator(adapter)
+
+    jaxpeft.save(folder / "adapter", adapter, base=made.base)
+    loaded = devices.replicate(jaxpeft.load(folder / "adapter", base=made.base), made.mesh)
+    again = evaluator.loss(loaded)
+    if again != after["eval_loss"]:
+        raise run.RunError(
+            f"{folder / 'adapter'}: its held-out loss is {again!r} when reloaded, was {after['eval_loss']!r} before"
+        )
+    if jax.process_index() == 0:
+        results = {f"{name}_before": value for name, value in before.items()}
+        results |= {f"{name}_after": value for name, value in after.items()}
+        results |= {
+            "trainable_parameters": jaxpeft.count(adapter),
+            "adapter_bytes": sum(file.stat().st_size for file in (folder / "adapter").rglob("*") if file.is_file()),
+            "peak_memory_bytes": devices.peak_memory_bytes(),
+        }
+        run.write_json(folder / "summary.json", report.summary(folder, results))
+        page = report.write(folder)
+        show(console, folder)
+        console.print(f"adapter  {folder / 'adapter'}\nreport   {page}", highlight=False)
+    return folder
+
+
+def show(console: Console, folder: Path) -> None:
+    """Prints what a finished run measured."""
+    summary = run.json_of(folder / "summary.json")
+    table = Table("held out", "before", "after")
+    for line in report.table(summary):
+        table.add_row(*line)
+    console.print(table)
+
+
+def _run_bytes(made: job.Job, keep: int) -> int:
+    """Disk space for the checkpoints and the adapter: parameters and two moments each, and one in the making."""
+    trained = sum(leaf.nbytes for leaf in jax.tree.leaves(made.adapter.params))
+    frozen = sum(leaf.nbytes for leaf in jax.tree.leaves(made.adapter.constants))
+    return (3 * trained + frozen) * (keep + 2) + 10_000_000

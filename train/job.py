@@ -1,0 +1,122 @@
+"""What a configuration stands for: the model, the adapter and the data, ready to be trained or measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import jaxpeft
+from jaxpeft import models
+from jaxpeft.adapter import Adapter
+from train import data, devices, rows
+from train.config import Config, ConfigError
+from train.rows import Row
+from train.template import Example, Template
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A base model and an adapter for it.
+
+    Attributes:
+      mesh: all devices; base and adapter are whole on every one.
+      model: the language model; its functions take the parameters, so `base` is held here once.
+      base: its frozen parameters.
+      adapter: new, so the adapted model is the base model.
+      key: random key of the dropout.
+      template: turns conversations into tokens.
+    """
+
+    mesh: Mesh
+    model: models.LanguageModel
+    base: Any
+    adapter: Adapter
+    key: jax.Array
+    template: Template
+
+
+@dataclass(frozen=True)
+class Job(Subject):
+    """A subject and the data it is trained on and measured by.
+
+    Attributes:
+      examples, lengths: the training rows, tokenised, and their lengths in positions.
+      batches: every batch of the run, in order.
+      held_out, held_out_examples: the rows it is measured on, and their tokens.
+      notes: what was read, cut and dropped.
+    """
+
+    config: Config
+    examples: Sequence[Example]
+    lengths: np.ndarray
+    batches: Sequence[data.Batch]
+    held_out: Sequence[Row]
+    held_out_examples: Sequence[Example]
+    notes: Sequence[str]
+
+    @property
+    def packed(self) -> bool:
+        """Whether sequences hold several rows."""
+        return self.config.data.batching == "pack"
+
+
+def subject(config: Config) -> Subject:
+    """Loads the model and makes the adapter."""
+    mesh = devices.data_mesh()
+    model = models.pretrained(config.model.name, dtype=config.model.dtype, mesh=mesh)
+    adapter_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
+    adapter = jaxpeft.init(adapter_key, config.method, sites(config, model.params), weights=model.params)
+    return Subject(
+        mesh=mesh,
+        model=model,
+        base=model.params,
+        adapter=devices.replicate(adapter, mesh),
+        key=devices.replicate(dropout_key, mesh),
+        template=Template(model.tokenizer, config.data.template),
+    )
+
+
+def sites(config: Config, params: Any) -> jaxpeft.Sites:
+    """The weights that the configuration adapts."""
+    return jaxpeft.find(params, config.sites.select, exclude=config.sites.exclude, layers=config.sites.layers)
+
+
+def assemble(config: Config) -> Job:
+    """Everything a run needs.
+
+    Raises:
+      ConfigError: a batch cannot be split over the devices.
+      DataError, DownloadError, TemplateError: the data cannot be used.
+    """
+    at_a_time = config.train.batch_size // config.train.accumulate
+    if at_a_time % jax.device_count():
+        raise ConfigError(
+            [
+                f"train.batch_size: {at_a_time} sequences at a time (batch_size / accumulate) cannot be split evenly "
+                f"over {jax.device_count()} devices; use a multiple of {jax.device_count() * config.train.accumulate}"
+            ]
+        )
+    train_rows, held_out = rows.load(config.data)
+    made = subject(config)
+    _, examples, train_note = data.encode(train_rows, made.template, config.data)
+    held_out, held_out_examples, held_out_note = data.encode(held_out, made.template, config.data)
+    lengths = data.input_lengths(examples)
+    batches = data.plan(lengths, config.data, config.train)
+    shapes = ", ".join(f"{rows} x {length}" for rows, length in data.shapes(batches))
+    return Job(
+        **vars(made),
+        config=config,
+        examples=examples,
+        lengths=lengths,
+        batches=batches,
+        held_out=held_out,
+        held_out_examples=held_out_examples,
+        notes=(
+            f"training data: {train_note}",
+            f"held-out data: {held_out_note}",
+            f"{len(batches)} steps; batches of {shapes}; {data.padding(batches, lengths):.0%} padding",
+        ),
+    )

@@ -1,0 +1,150 @@
+"""The training loop: steps, held-out losses, checkpoints, and stopping in an orderly way."""
+
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+import jaxpeft
+from jaxpeft.adapter import Adapter
+from jaxpeft.checkpoint import Checkpoints
+from train import data, devices, optim
+from train.evaluate import Evaluator
+from train.job import Job
+from train.metrics import Metrics
+from train.run import RunError
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is no longer finite."""
+
+
+class Stopped(RuntimeError):
+    """SIGTERM or Ctrl-C came; the step was finished and a checkpoint written."""
+
+
+class Signals:
+    """While entered, SIGTERM and the first Ctrl-C only ask for a stop after the current step."""
+
+    def __enter__(self) -> "Signals":
+        self.asked = False
+        # With several processes JAX's coordination service owns SIGTERM, so that all stop after the same step.
+        numbers = [signal.SIGINT] + ([signal.SIGTERM] if jax.process_count() == 1 else [])
+        self.previous = {number: signal.signal(number, self._ask) for number in numbers}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: Any) -> None:
+        self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    def stop(self, step: int) -> bool:
+        """Whether to stop after this step; the same answer on every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.asked
+
+
+def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
+    """Trains the job's adapter, going on from the newest checkpoint in the run folder if there is one.
+
+    A run that is killed at any moment and started again ends with bit for bit the adapter of a run that was not: the
+    checkpoint holds the adapter, the optimizer's state, the random key and the position in the data, and nothing else
+    changes between steps.
+
+    Raises:
+      Diverged: at the first step whose loss or gradient is not finite; it is not saved.
+      Stopped: after SIGTERM or Ctrl-C.
+      RunError: the checkpoint was written with other data.
+    """
+    config, steps = job.config.train, len(job.batches)
+    schedule = optim.schedule(job.config.optimizer, steps)
+    optimizer = optim.optimizer(job.config.optimizer, steps)
+    forward = jaxpeft.adapt(job.model.token_losses)
+    step_function = devices.Compiled(optim.step_function(forward, optimizer, config.accumulate), donate_argnums=(0, 1))
+
+    # A copy: the step donates its adapter, and the job keeps the one it started from.
+    adapter = jax.tree.map(jnp.copy, job.adapter)
+    opt_state = devices.replicate(jax.jit(optimizer.init)(adapter.params), job.mesh)
+    state = {"optimizer": opt_state, "key": job.key}
+    batches = data.iterate(job.batches, job.examples, packed=job.packed)
+    fingerprint = data.fingerprint(job.examples)
+
+    with Checkpoints(folder / "checkpoints", keep=config.keep) as checkpoints:
+        done = checkpoints.latest() or 0
+        if done:
+            adapter, state, extra = checkpoints.restore(done, adapter, state)
+            if extra["data_fingerprint"] != fingerprint:
+                raise RunError(
+                    f"{folder}: the training data or its tokens are not those of the checkpoint of step {done}"
+                )
+            batches.set_state(extra["data"])
+        opt_state, key = state["optimizer"], state["key"]
+
+        with Metrics(folder, done, steps) as metrics, Signals() as signals:
+            pending: list[tuple[int, dict[str, jax.Array]]] = []
+            start, compiled = time.perf_counter(), 0.0
+            for step in range(done + 1, steps + 1):
+                batch = devices.shard(next(batches), job.mesh)
+                adapter, opt_state, measured = step_function(adapter, opt_state, job.base, batch, key, np.int32(step))
+                pending.append((step, measured))
+
+                stop = signals.stop(step)
+                save = stop or step == steps or step % config.checkpoint_every == 0
+                measure = config.evaluate_every and step % config.evaluate_every == 0
+                # The device is asked only now and then, so that it never waits for Python between steps.
+                if not (save or measure or step % config.log_every == 0):
+                    continue
+                records = _records(pending, checkpoints, folder)
+                seconds = time.perf_counter() - start - (step_function.seconds - compiled)
+                for record in records:
+                    record["learning_rate"] = float(schedule(record["step"] - 1))
+                    record["tokens"] = data.tokens(job.batches[record["step"] - 1], job.lengths)
+                    record["seconds"] = seconds / len(records)
+                if step_function.seconds > compiled:
+                    records[-1]["compile_seconds"] = step_function.seconds - compiled
+                if measure:
+                    records[-1]["held_out_loss"] = evaluator.loss(adapter, config.evaluate_rows)
+                metrics.write(records)
+                if save:
+                    metrics.flush()
+                    extra = {"data": batches.get_state(), "data_fingerprint": fingerprint}
+                    checkpoints.save(
+                        step,
+                        adapter,
+                        state={"optimizer": opt_state, "key": key},
+                        extra=extra,
+                        metrics={"loss": records[-1]["loss"]},
+                    )
+                if stop and step < steps:
+                    raise Stopped(f"stopped after step {step} of {steps}; the same command goes on from there")
+                pending = []
+                start, compiled = time.perf_counter(), step_function.seconds
+    return adapter
+
+
+def _records(pending: list[tuple[int, dict[str, jax.Array]]], checkpoints: Checkpoints, folder: Path) -> list[dict]:
+    """The measurements of the pending steps as numbers; waits for the device."""
+    records = [{"step": step} | {name: float(value) for name, value in measured.items()} for step, measured in pending]
+    for record in records:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(record[name]):
+                good = checkpoints.latest()
+                kept = (
+                    f"{folder / 'checkpoints' / str(good)} is the last good checkpoint" if good else "no checkpoint yet"
+                )
+                raise Diverged(
+                    f"step {record['step']}: {name} is {record[name]}; stopped, nothing of this step is saved; {kept}. "
+                    "Try a lower optimizer.learning_rate"
+                )
+    return records

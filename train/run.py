@@ -1,0 +1,123 @@
+"""The run folder: whose it is, whether it can be written, and how files get into it whole.
+
+A run folder holds
+    config.yaml     the configuration, every default written out
+    metrics.jsonl   one line a step
+    tensorboard/    the same
+    checkpoints/    training state, to resume from
+    before.json     held-out measurements before training
+    adapter/        the trained adapter, `jaxpeft.load` reads it
+    summary.json, report.md, loss.png
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from train import config as configuration
+from train.config import Config
+
+# Where a run may write and how it goes on do not change what it computes.
+FREE = ("output.folder", "output.resume")
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used."""
+
+
+def open_folder(config: Config) -> Path:
+    """Makes the run folder that `config.output` names, or enters the one of the same run, before anything is loaded.
+
+    Raises:
+      RunError: the folder belongs to another run, or cannot be written.
+    """
+    folder = Path(config.output.folder).absolute()
+    stored = folder / "config.yaml"
+    try:
+        occupied = folder.is_dir() and any(folder.iterdir())
+        if occupied and config.output.resume == "never":
+            raise RunError(f"{folder}: not empty, and output.resume is never; choose another output.folder")
+        if stored.exists():
+            differences = list(_differences(json_of(stored), configuration.as_dict(config)))
+            if differences:
+                raise RunError(
+                    f"{folder}: holds a run with another configuration; choose another output.folder, or go back to\n"
+                    + "\n".join(f"  {line}" for line in differences)
+                )
+        elif occupied:
+            raise RunError(f"{folder}: not empty, and not a run folder (no config.yaml); choose another output.folder")
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write(stored, configuration.dump(config))
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    return folder
+
+
+def reserve(folder: Path, size: int) -> None:
+    """Writes `size` bytes and removes them again: a full disk shows before training, not at the first checkpoint.
+
+    Raises:
+      RunError: there is no room for them.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # Really allocates the blocks, so it sees quotas that a look at the free space would not.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.write(bytes(size))
+    except OSError as error:
+        raise RunError(
+            f"{folder}: the run's {size / 1e6:.0f} MB cannot be written: {error.strerror or error}"
+        ) from None
+
+
+def load_config(folder: Path) -> Config:
+    """The configuration of a run folder."""
+    if not (folder / "config.yaml").exists():
+        raise RunError(f"{folder}: not a run folder (no config.yaml)")
+    return configuration.load(folder / "config.yaml")
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader, or a run killed now, finds the old content or the new, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write`, as indented JSON; NaN is refused."""
+    write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def json_of(path: Path) -> Any:
+    """The content of a .json or .yaml file of a run folder."""
+    try:
+        if path.suffix == ".yaml":
+            return configuration.as_dict(configuration.load(path))
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: damaged, or written by another version: {error}") from None
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new and path not in FREE:
+        yield f"{path}: {old!r}, now {new!r}"
