@@ -41,18 +41,17 @@ def interpret(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
         return formed[atom]
 
     for equation in jaxpr.jaxpr.eqns:
+        primitive, results = equation.primitive, NotImplemented
         operands = [read(atom) for atom in equation.invars]
-        results = NotImplemented
-        if any(isinstance(operand, Adapted) for operand in operands):
-            rule = RULES.get(equation.primitive)
-            results = rule(equation.params, *operands) if rule else NotImplemented
+        with equation.ctx.manager, jax.named_scope(str(equation.source_info.name_stack)):
+            if any(isinstance(operand, Adapted) for operand in operands):
+                if primitive in RULES:
+                    results = RULES[primitive](equation.params, *operands)
+                if results is NotImplemented:
+                    operands = [read_formed(atom, primitive.name) for atom in equation.invars]
             if results is NotImplemented:
-                operands = [read_formed(atom, equation.primitive.name) for atom in equation.invars]
-        if results is NotImplemented:
-            functions, params = equation.primitive.get_bind_params(equation.params)
-            results = equation.primitive.bind(*functions, *operands, **params)
-        outputs = results if equation.primitive.multiple_results else [results]
-        environment |= zip(equation.outvars, outputs, strict=True)
+                results = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
+        environment |= zip(equation.outvars, results if primitive.multiple_results else [results], strict=True)
     return [read(atom) for atom in jaxpr.jaxpr.outvars]
 
 

@@ -1,0 +1,317 @@
+"""Saving and loading adapters and training state with Orbax: atomic, strict, and checked bit by bit.
+
+A checkpoint holds the trained arrays, the frozen arrays (index tables as small integers, never re-drawn from a seed),
+and metadata: format version, spec, sites, the fingerprint of the base, and a checksum of every array.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+from jaxpeft.adapter import Adapter, init
+from jaxpeft.methods import spec_from_dict
+from jaxpeft.sites import Sites, flatten, paths_and_leaves
+from jaxpeft.spec import method_of
+from jaxpeft.summary import saved_dtype
+
+FORMAT = 1
+"""Version of what is written. A reader refuses a newer one."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, newer than this library, or of another adapter, base or training state."""
+
+
+def save(path: str | Path, adapter: Adapter, *, base: Any = None, overwrite: bool = False) -> None:
+    """Writes an adapter to a folder; the folder appears whole or not at all.
+
+    Args:
+        path: a folder that does not exist, or is empty.
+        adapter: the adapter; each pool is written once.
+        base: the parameters it was trained on; their fingerprint lets `load` refuse another base.
+        overwrite: whether to replace an adapter that the folder holds.
+
+    Raises:
+        FileExistsError: the folder holds something already.
+    """
+    path = Path(path).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not overwrite:
+            raise FileExistsError(f"{path} holds something already; choose another folder or pass overwrite=True")
+        with Checkpoints(path) as old:
+            if old.latest() is None:
+                raise FileExistsError(f"{path} holds files that are no adapter; choose another folder")
+    with Checkpoints(path, keep=1, asynchronous=False) as checkpoints:
+        newest = checkpoints.latest()
+        checkpoints.save(0 if newest is None else newest + 1, adapter, base=base)
+
+
+def load(path: str | Path, *, base: Any = None, sharding: Sharding | None = None) -> Adapter:
+    """Reads the adapter of a folder that `save` or a training run wrote; of a run, the newest step.
+
+    Args:
+        path: the folder.
+        base: the parameters it is to change; checked against the fingerprint it was saved with.
+        sharding: where its arrays go, on any mesh; by default whole on the default device.
+
+    Raises:
+        CheckpointError: there is no adapter, it is damaged, it is of a newer format, or of another base.
+    """
+    with Checkpoints(path, read_only=True) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise CheckpointError(f"{Path(path).absolute()} holds no checkpoint of an adapter")
+        metadata = checkpoints.metadata(step)
+        spec, sites = spec_from_dict(metadata["spec"]), Sites.from_dict(metadata["sites"])
+        template = jax.eval_shape(lambda: init(jax.random.key(0), spec, sites, base))
+        where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), template)
+        adapter, _, _ = checkpoints.restore(step, template, base=base)
+        return adapter
+
+
+class Checkpoints:
+    """The checkpoints of a training run in one folder, newest last; a context manager around Orbax's.
+
+    Args:
+        folder: created when the first step is saved.
+        keep: how many steps to keep; the oldest go first.
+        asynchronous: whether `save` returns before the files are complete.
+        read_only: whether the folder must be left as it is.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp, jaxpeft
+        >>> from jaxpeft.methods import lora
+        >>> base = {"up": {"kernel": jnp.ones((3, 4))}}
+        >>> adapter = jaxpeft.init(jax.random.key(0), lora.Spec(rank=2), jaxpeft.find(base))
+        >>> with tempfile.TemporaryDirectory() as folder, jaxpeft.checkpoint.Checkpoints(folder) as checkpoints:
+        ...     checkpoints.save(10, adapter, base=base, extra={"epoch": 1})
+        ...     step = checkpoints.latest()
+        ...     restored, _, extra = checkpoints.restore(step, adapter)
+        >>> step, extra, bool((restored.params["up/kernel"]["a"] == adapter.params["up/kernel"]["a"]).all())
+        (10, {'epoch': 1}, True)
+    """
+
+    def __init__(
+        self, folder: str | Path, *, keep: int | None = 2, asynchronous: bool = True, read_only: bool = False
+    ) -> None:
+        import orbax.checkpoint as ocp
+
+        self.folder = Path(folder).absolute()  # Orbax refuses relative paths, but only later and in a thread.
+        if read_only and not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} does not exist")
+        items = {
+            "params": ocp.StandardCheckpointHandler(),
+            "constants": ocp.StandardCheckpointHandler(),
+            "state": ocp.StandardCheckpointHandler(),
+            "metadata": ocp.JsonCheckpointHandler(),
+        }
+        self._ocp = ocp
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else keep,
+                enable_async_checkpointing=asynchronous and not read_only,
+                read_only=read_only,
+                create=not read_only,
+            ),
+            item_handlers=items,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """The newest complete step; None if there is none."""
+        self._manager.wait_until_finished()
+        return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Returns when every step that was saved is complete."""
+        self._manager.wait_until_finished()
+
+    def save(
+        self,
+        step: int,
+        adapter: Adapter,
+        *,
+        base: Any = None,
+        base_fingerprint: str | None = None,
+        state: Any = None,
+        extra: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Saves one step; a step that is not complete is never seen.
+
+        Args:
+            step: its number, larger than those before it.
+            adapter: the adapter.
+            base: the base parameters, for their fingerprint.
+            base_fingerprint: the fingerprint itself, where it is at hand.
+            state: any further pytree of arrays: optimiser state, random keys.
+            extra: anything JSON-able, such as the position in the data.
+            metrics: numbers of this step, kept in the metadata.
+        """
+        constants = jax.tree.map(lambda leaf: leaf.astype(saved_dtype(np.asarray(leaf))), adapter.constants)
+        if base is not None:
+            base_fingerprint = fingerprint(base)
+        metadata = {
+            "format": FORMAT,
+            "spec": adapter.spec.to_dict(),
+            "sites": adapter.sites.to_dict(),
+            "base": base_fingerprint,
+            "arrays": {
+                "params": _describe(adapter.params),
+                "constants": _describe(constants),
+                "state": _describe(state),
+            },
+            "extra": dict(extra or {}),
+            "metrics": dict(metrics or {}),
+        }
+        args = {
+            "params": self._ocp.args.StandardSave(adapter.params),
+            "constants": self._ocp.args.StandardSave(constants),
+            "metadata": self._ocp.args.JsonSave({**metadata, "sha256": _digest(metadata)}),
+        }
+        if state is not None:
+            args["state"] = self._ocp.args.StandardSave(state)
+        self._manager.save(step, args=self._ocp.args.Composite(**args))
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What was noted with a step: spec, sites, fingerprint, arrays, extra, metrics."""
+        try:
+            found = self._manager.restore(step, args=self._ocp.args.Composite(metadata=self._ocp.args.JsonRestore()))
+            metadata = found["metadata"]
+            digest, version = metadata.pop("sha256"), metadata["format"]
+        except Exception as error:
+            raise CheckpointError(f"{self._name(step)} has no readable metadata: {_first_line(error)}") from error
+        if version > FORMAT:
+            raise CheckpointError(
+                f"{self._name(step)} has format {version}, but this version of jaxpeft reads up to {FORMAT}; upgrade it"
+            )
+        if digest != _digest(metadata):
+            raise CheckpointError(f"{self._name(step)}: the metadata differs from its checksum, the files are damaged")
+        return metadata
+
+    def restore(
+        self, step: int, adapter: Adapter, state: Any = None, *, base: Any = None
+    ) -> tuple[Adapter, Any, dict[str, Any]]:
+        """Reads one step.
+
+        Args:
+            step: which one, e.g. `latest()`.
+            adapter: structure, shapes, dtypes and shardings to restore onto; arrays or `jax.ShapeDtypeStruct`. The mesh
+                may be another than the one it was saved from.
+            state: the same for the further state; None to leave it.
+            base: the base parameters, checked against the fingerprint that the step was saved with.
+
+        Returns:
+            (adapter, state, extra).
+
+        Raises:
+            CheckpointError: the step is damaged, or of another spec, sites, base or structure.
+        """
+        metadata = self.metadata(step)
+        spec, sites = spec_from_dict(metadata["spec"]), Sites.from_dict(metadata["sites"])
+        if spec != adapter.spec:
+            raise CheckpointError(f"{self._name(step)} was saved with {spec}, expected {adapter.spec}")
+        if sites != adapter.sites:
+            raise CheckpointError(f"{self._name(step)} adapts other sites:\n{sites}\nexpected\n{adapter.sites}")
+        if base is not None and metadata["base"] not in (None, found := fingerprint(base)):
+            theirs = metadata["base"]
+            raise CheckpointError(f"{self._name(step)} is of another base: fingerprint {theirs}, this one's is {found}")
+        small = {path: np.dtype(of["dtype"]) for path, of in metadata["arrays"]["constants"].items()}
+        dtypes = jax.tree.map(lambda leaf: leaf.dtype, adapter.constants)
+        constants = _with_dtypes(adapter.constants, small)
+        params = self._read(step, "params", adapter.params, metadata)
+        constants = self._read(step, "constants", constants, metadata)
+        restored = None if state is None else self._read(step, "state", state, metadata)
+        constants = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), constants, dtypes)
+        if check := getattr(method_of(spec), "check_constants", None):
+            check(constants, spec, sites)
+        return Adapter(params, constants, spec, sites), restored, metadata["extra"]
+
+    def _read(self, step: int, item: str, template: Any, metadata: Mapping[str, Any]) -> Any:
+        """One item of a step, compared with its template before, and with its checksums after."""
+        name, saved = self._name(step), metadata["arrays"][item]
+        wanted = dict(paths_and_leaves(template))
+        missing, unexpected = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+        if missing or unexpected:
+            raise CheckpointError(
+                f"{name}, {item}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}"
+            )
+        for path, leaf in wanted.items():
+            found = (tuple(saved[path]["shape"]), saved[path]["dtype"])
+            if found != (expected := (tuple(jnp.shape(leaf)), str(leaf.dtype))):
+                raise CheckpointError(f"{name}, {item} {path}: found {found}, expected {expected}")
+        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, template)
+        try:
+            args = self._ocp.args.Composite(**{item: self._ocp.args.StandardRestore(abstract)})
+            restored = self._manager.restore(step, args=args)[item]
+        except Exception as error:
+            raise CheckpointError(
+                f"{name}: {item} cannot be read, the files are damaged: {_first_line(error)}"
+            ) from error
+        for path, leaf in paths_and_leaves(restored):
+            if saved[path]["sha256"] != _checksum(leaf):
+                raise CheckpointError(f"{name}: {item} {path} differs from its checksum, the files are damaged")
+        return restored
+
+    def _name(self, step: int) -> str:
+        others = [other for other in self._manager.all_steps() if other != step]
+        return f"checkpoint {self.folder / str(step)}" + (f" (other steps there: {others})" if others else "")
+
+
+def fingerprint(base: Any) -> str:
+    """A short digest of base parameters: their paths and shapes, and up to 64 values of each array.
+
+    The values are compared as bfloat16, so the same weights in float32 and bfloat16 have one fingerprint.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten(base).items()):
+        digest.update(f"{path}{tuple(leaf.shape)}".encode())
+        picks = np.unique(np.linspace(0, math.prod(leaf.shape) - 1, 64).astype(np.int64))
+        values = leaf[np.unravel_index(picks, leaf.shape)] if leaf.shape else leaf
+        digest.update(np.asarray(values).astype(jnp.bfloat16).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _describe(tree: Any) -> dict[str, dict[str, Any]]:
+    return {
+        path: {"shape": list(jnp.shape(leaf)), "dtype": str(leaf.dtype), "sha256": _checksum(leaf)}
+        for path, leaf in paths_and_leaves(tree)
+    }
+
+
+def _checksum(leaf: Any) -> str:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
+
+
+def _digest(metadata: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+def _with_dtypes(tree: Any, dtypes: Mapping[str, np.dtype]) -> Any:
+    """Shapes of a tree in the dtypes it was saved with; paths it was not saved with are reported by the reader."""
+    leaves = [
+        jax.ShapeDtypeStruct(leaf.shape, dtypes.get(path, leaf.dtype), sharding=getattr(leaf, "sharding", None))
+        for path, leaf in paths_and_leaves(tree)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
