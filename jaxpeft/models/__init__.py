@@ -3,5 +3,19 @@
 from jaxpeft.models.config import Config, RopeScaling
 from jaxpeft.models.decoder import Decoder
 from jaxpeft.models.language_model import LanguageModel, abstract, random
+from jaxpeft.models.loading import DEFAULT_RULES, hf_name, load
+from jaxpeft.models.pretrained import PACKAGED, pretrained
 
-__all__ = ["Config", "Decoder", "LanguageModel", "RopeScaling", "abstract", "random"]
+__all__ = [
+    "DEFAULT_RULES",
+    "PACKAGED",
+    "Config",
+    "Decoder",
+    "LanguageModel",
+    "RopeScaling",
+    "abstract",
+    "hf_name",
+    "load",
+    "pretrained",
+    "random",
+]

@@ -57,13 +57,13 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 def attention_mask(config: Config, length: int, segment_ids: jax.Array | None) -> jax.Array | None:
     """Who sees whom, (1 or B, 1, S, S) bool; None where that is simply "everything before"."""
-    windowed = config.sliding_window is not None and config.sliding_window < length
-    if segment_ids is None and not windowed:
+    window = config.sliding_window or length
+    if segment_ids is None and window >= length:
         return None
     query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
     mask = key <= query
-    if windowed:
-        mask &= query - key < config.sliding_window
+    if window < length:
+        mask &= query - key < window
     if segment_ids is None:
         return mask[None, None]
     return mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])

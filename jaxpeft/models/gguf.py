@@ -57,7 +57,7 @@ def _q8_0(blocks):
 
 @dataclasses.dataclass(frozen=True)
 class BlockType:
-    """How `weights` weights lie in `size` bytes; `dequantize` takes (blocks, size) uint8 to (blocks, weights) float32."""
+    """How `weights` weights lie in `size` bytes; `dequantize` takes (n, size) uint8 to (n, weights) float32."""
 
     name: str
     weights: int

@@ -1,0 +1,213 @@
+"""How do a Hugging Face folder's weights become parameters, on one device or a mesh?"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jaxpeft.models.config import Config
+from jaxpeft.models.language_model import LanguageModel, abstract
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+# The first rule whose regular expression is found in a leaf's path says how it is laid out; axes that the mesh lacks
+# are left whole. Products alternate between splitting the output and the input over "tensor", so that one reduction
+# follows each pair.
+DEFAULT_RULES: Rules = (
+    (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
+    (r"lm_head/kernel", PartitionSpec("fsdp", "tensor")),
+    (r"(q|k|v|gate|up)_proj/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"(o|down)_proj/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"(q|k|v|gate|up)_proj/bias", PartitionSpec(None, "tensor")),
+    (r"", PartitionSpec()),
+)
+
+# Written by older versions of transformers, and computed from the configuration here.
+_DERIVED = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|attn\.bias$")
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def load(
+    folder: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    tokenizer: bool = True,
+) -> LanguageModel:
+    """Loads a model saved in the Hugging Face format: ``config.json``, safetensors files, the tokenizer's files.
+
+    Each parameter is read from the memory-mapped files piece by piece into its final arrays, the layers stacked and
+    the kernels transposed to (in, out): no second copy of the model exists, and every host reads its own shards only.
+
+    Args:
+      folder: ``model.safetensors``, or several files and ``model.safetensors.index.json``.
+      dtype: of activations and products, "float32" or "bfloat16". Default: the files'.
+      param_dtype: of the parameters. Default: `dtype`.
+      mesh: where to put them. Default: the first device.
+      rules: (regular expression, `PartitionSpec`) pairs tried in order on the "/"-joined path. Default: for axes named
+        "fsdp" and "tensor", `DEFAULT_RULES`.
+      tokenizer: False leaves the tokenizer out.
+
+    Raises:
+      FileNotFoundError: the folder, its configuration, weights or tokenizer are missing.
+      ValueError: an unsupported architecture, a damaged file, or tensors that are missing, unexpected or of another
+        shape than the configuration says: all are listed at once.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    files = _Tensors(folder)
+    dtype = dtype or files.dtype()
+    config = Config.from_hf(_read_config(folder), dtype=dtype, param_dtype=param_dtype or dtype)
+    expected = {path: (hf_name(path), leaf) for path, leaf in _flatten(abstract(config)).items()}
+    files.check(expected, config)
+    # Read before the weights: it is what is more often missing.
+    text = _read_tokenizer(folder) if tokenizer else None
+
+    params: dict[str, Any] = {}
+    for path, (name, leaf) in expected.items():
+        sharding = _sharding(path, mesh, DEFAULT_RULES if rules is None else rules)
+        *parents, last = path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = files.array(name, leaf, sharding)
+    return LanguageModel(config, params, text, source=str(folder))
+
+
+def hf_name(path: str) -> str:
+    """Name of a parameter in a Hugging Face file; ``{}`` stands for the layer's number.
+
+    >>> hf_name("layers/self_attn/q_proj/kernel"), hf_name("embed/embedding")
+    ('model.layers.{}.self_attn.q_proj.weight', 'model.embed_tokens.weight')
+    """
+    module, leaf = path.rsplit("/", 1)
+    module = module.replace("input_norm", "input_layernorm").replace("attention_norm", "attention_layernorm")
+    module = {"embed": "model.embed_tokens", "norm": "model.norm"}.get(module, module)
+    module = module.replace("layers/", "model.layers.{}.").replace("/", ".")
+    return f"{module}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+class _Tensors:
+    """The tensors of a folder's safetensors files; headers are read at once, values on demand."""
+
+    def __init__(self, folder: Path):
+        from safetensors import SafetensorError, safe_open
+
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = ["model.safetensors"]
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise FileNotFoundError(f"{folder}: weights missing: {', '.join(missing)}; only safetensors files are read")
+        self.folder = folder
+        self.slices = {}
+        for name in names:
+            try:
+                file = safe_open(folder / name, framework="numpy")
+            except SafetensorError as error:
+                size = (folder / name).stat().st_size
+                raise ValueError(f"{folder / name}: damaged or incomplete ({size} bytes): {error}") from error
+            # A slice keeps its file open.
+            self.slices.update((key, file.get_slice(key)) for key in file.keys())  # noqa: SIM118, not a dict
+
+    def dtype(self) -> str:
+        """The dtype that most weights have."""
+        names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        found = [names.get(tensor.get_dtype(), tensor.get_dtype()) for tensor in self.slices.values()]
+        dtype = max(set(found), key=found.count)
+        if dtype not in _DTYPES:
+            raise ValueError(
+                f"{self.folder}: weights of type {dtype} are not supported; supported: {', '.join(_DTYPES)}"
+            )
+        return dtype
+
+    def check(self, expected: dict[str, tuple[str, jax.ShapeDtypeStruct]], config: Config) -> None:
+        """Compares names and shapes with those the configuration asks for, before anything is read."""
+        shapes = {}
+        for name, leaf in expected.values():
+            stacked = "{}" in name
+            shape = _file_shape(leaf.shape[1:] if stacked else leaf.shape, name)
+            for layer in range(config.num_hidden_layers if stacked else 1):
+                shapes[name.format(layer)] = shape
+        problems = [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in self.slices]
+        for name, tensor in self.slices.items():
+            found = tuple(tensor.get_shape())
+            tied_copy = config.tie_word_embeddings and name == "lm_head.weight"
+            if name not in shapes and not tied_copy and not _DERIVED.search(name):
+                problems.append(f"unexpected: {name} {found}")
+            elif name in shapes and found != shapes[name]:
+                problems.append(f"shape: {name} is {found} in the file and {shapes[name]} by the configuration")
+        if problems:
+            listed = "\n  ".join(problems[:40]) + (f"\n  … {len(problems) - 40} more" if len(problems) > 40 else "")
+            raise ValueError(f"{self.folder}: {len(problems)} tensors do not fit config.json:\n  {listed}")
+
+    def array(self, name: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+        """A parameter as laid out by `sharding`, every shard read and stacked on its own."""
+
+        def read(layer: int, index: tuple[slice, ...]) -> np.ndarray:
+            if _is_kernel(name):
+                return self.slices[name.format(layer)][index[1], index[0]].T
+            return self.slices[name.format(layer)][index]
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, leaf.shape, strict=True))
+            out = np.empty(shape, leaf.dtype)
+            if "{}" in name:
+                for row, layer in enumerate(range(leaf.shape[0])[index[0]]):
+                    out[row] = read(layer, index[1:])
+            else:
+                out[...] = read(0, index)
+            return out
+
+        return jax.make_array_from_callback(leaf.shape, sharding, shard)
+
+
+def _is_kernel(name: str) -> bool:
+    return name.endswith(("_proj.weight", "lm_head.weight"))
+
+
+def _file_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    # torch keeps kernels as (out, in).
+    return shape[::-1] if _is_kernel(name) else shape
+
+
+def _flatten(tree: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _sharding(path: str, mesh: Mesh | None, rules: Rules) -> jax.sharding.Sharding:
+    if mesh is None:
+        return SingleDeviceSharding(jnp.zeros(()).device)  # the default device, wherever a context sets it
+    spec = next((spec for pattern, spec in rules if re.search(pattern, path)), PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in spec)))
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder}: no config.json; expected a model saved in the Hugging Face format")
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise FileNotFoundError(f"{folder}: no tokenizer.json; pass tokenizer=False to load the weights alone")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
