@@ -66,7 +66,7 @@ class Data:
     batching: Literal["buckets", "pad", "pack"] = "buckets"
     """`buckets`: similar rows, padded to one of a few lengths; `pad`: one length; `pack`: several rows a sequence."""
     buckets: Positive = 3
-    """How many lengths (each is one compilation)."""
+    """How many lengths, in training and in evaluation; each is one compilation."""
 
 
 @dataclass(frozen=True)

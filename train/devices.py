@@ -25,6 +25,11 @@ def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
+def whole_batches(size: int) -> int:
+    """The size rounded up to a multiple of the devices, so that a batch splits over them evenly."""
+    return -(-size // jax.device_count()) * jax.device_count()
+
+
 class Compiled:
     """A jitted function that compiles each new shape explicitly, so that compilations can be counted and timed.
 

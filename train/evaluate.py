@@ -1,6 +1,5 @@
 """What an adapter is worth on held-out rows: loss, choice between answers, exact match of generated answers."""
 
-import functools
 import math
 import re
 from collections.abc import Sequence
@@ -14,12 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxpeft
 from jaxpeft.adapter import Adapter
 from train import data, devices
+from train.generate import Generator
 from train.job import Job
 from train.rows import DataError
 from train.template import Example, choices
 
-BUCKETS = 4
-"""Lengths that held-out rows are padded to; each is one compilation."""
 NUMBER = re.compile(r"####\s*[^\d\s.-]?\s*(-?[\d,]*\.?\d+)")
 
 
@@ -36,21 +34,20 @@ class Evaluator:
     def __init__(self, job: Job):
         self.job = job
         self.config = job.config.evaluate
-        # The last batch is filled up and every batch is split over the devices.
-        self.batch_size = -(-self.config.batch_size // jax.device_count()) * jax.device_count()
+        self.batch_size = devices.whole_batches(self.config.batch_size)
         whole = NamedSharding(job.mesh, PartitionSpec())
         forward = jaxpeft.adapt(job.model.token_losses)
 
         def losses(base: Any, adapter: Adapter, batch: dict[str, jax.Array]) -> jax.Array:
             return forward(base, adapter, batch["tokens"], batch["targets"])
 
-        generate = functools.partial(
-            jaxpeft.adapt(job.model.generate),
-            max_new_tokens=self.config.max_new_tokens,
-            eos_ids=tuple(sorted(job.template.end_ids)),
-        )
         self.losses = devices.Compiled(losses, out_shardings=whole)
-        self.generate = devices.Compiled(generate, out_shardings=whole)
+        self.generate = Generator(
+            job,
+            batch_size=self.config.batch_size,
+            max_new_tokens=self.config.max_new_tokens,
+            buckets=job.config.data.buckets,
+        )
         if self.config.choices:
             for row in job.held_out:
                 if row.answer not in self.config.choices:
@@ -74,7 +71,7 @@ class Evaluator:
             )
         if self.config.exact_match:
             held_out = self.job.held_out[: self.config.exact_match_rows]
-            texts = self.answer(adapter, [self.job.template.prompt(row.prompt) for row in held_out])
+            texts = self.generate(adapter, [self.job.template.prompt(row.prompt) for row in held_out])
             same = {"whole": whole_match, "number": number_match}[self.config.exact_match]
             results["exact_match"] = float(
                 np.mean([same(t, row.answer) for t, row in zip(texts, held_out, strict=True)])
@@ -94,32 +91,13 @@ class Evaluator:
 
     def _score(self, adapter: Adapter, examples: Sequence[Example]) -> list[np.ndarray]:
         found: list[Any] = [None] * len(examples)
-        for batch in data.fixed_batches(data.input_lengths(examples), self.batch_size, BUCKETS):
+        for batch in data.fixed_batches(data.input_lengths(examples), self.batch_size, self.job.config.data.buckets):
             arrays = devices.shard(data.collate(batch, examples), self.job.mesh)
             losses = np.asarray(self.losses(self.job.base, adapter, arrays))
             for row, line in zip(batch.sequences, losses, strict=True):
                 for i in row:
                     found[i] = line[: len(examples[i]) - 1][examples[i].learned[1:]]
         return found
-
-    def answer(self, adapter: Adapter, prompts: Sequence[np.ndarray]) -> list[str]:
-        """Greedy answers to tokenised prompts."""
-        answers = [""] * len(prompts)
-        lengths = np.array([len(prompt) for prompt in prompts])
-        for batch in data.fixed_batches(lengths, self.batch_size, BUCKETS):
-            tokens = np.zeros((self.batch_size, batch.length), np.int32)
-            used = np.ones(self.batch_size, np.int32)
-            for i, row in enumerate(batch.sequences):
-                for prompt in row:
-                    tokens[i, : lengths[prompt]] = prompts[prompt]
-                    used[i] = lengths[prompt]
-            # Every process holds all prompts, and gets all answers.
-            inputs = jax.device_put((tokens, used), NamedSharding(self.job.mesh, PartitionSpec("data")))
-            generated = np.asarray(self.generate(self.job.base, adapter, *inputs))
-            for i, row in enumerate(batch.sequences):
-                for prompt in row:
-                    answers[prompt] = self.job.template.decode(generated[i])
-        return answers
 
 
 def whole_match(answer: str, expected: str) -> bool:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxpeft
+from jaxpeft.adapter import Adapter
 from train import devices, job, loop, report, run
 from train.config import Config
 from train.evaluate import Evaluator
@@ -23,9 +24,9 @@ def fit(config: Config, console: Console) -> Path:
     """
     folder = run.open_folder(config)
     made = job.assemble(config)
-    console.print(jaxpeft.summary(made.adapter), *made.notes, sep="\n", highlight=False)
+    console.print(str(jaxpeft.summary(made.adapter)), *made.notes, sep="\n", markup=False, highlight=False)
     if jax.process_index() == 0:
-        run.reserve(folder, _run_bytes(made, config.train.keep))
+        run.claim(folder, config, _run_bytes(made, config.train.keep))
 
     evaluator = Evaluator(made)
     if (folder / "before.json").exists():
@@ -39,12 +40,14 @@ def fit(config: Config, console: Console) -> Path:
     console.print("measuring after training …")
     after = evaluator(adapter)
 
-    jaxpeft.save(folder / "adapter", adapter, base=made.base)
-    loaded = devices.replicate(jaxpeft.load(folder / "adapter", base=made.base), made.mesh)
-    again = evaluator.loss(loaded)
-    if again != after["eval_loss"]:
+    # Of the same few rows in the same batches: only then is the same adapter bound to give the identical number.
+    rows = config.train.evaluate_rows
+    expected = evaluator.loss(adapter, rows)
+    jaxpeft.save(folder / "adapter", adapter, base=made.base, overwrite=True)
+    found = evaluator.loss(trained(made, folder), rows)
+    if found != expected:
         raise run.RunError(
-            f"{folder / 'adapter'}: its held-out loss is {again!r} when reloaded, was {after['eval_loss']!r} before"
+            f"{folder / 'adapter'}: its held-out loss is {found!r} when reloaded, was {expected!r} before"
         )
     if jax.process_index() == 0:
         results = {f"{name}_before": value for name, value in before.items()}
@@ -59,6 +62,17 @@ def fit(config: Config, console: Console) -> Path:
         show(console, folder)
         console.print(f"adapter  {folder / 'adapter'}\nreport   {page}", highlight=False)
     return folder
+
+
+def trained(subject: job.Subject, folder: Path) -> Adapter:
+    """The adapter that a finished run saved.
+
+    Raises:
+      RunError: the run is not finished.
+    """
+    if not (folder / "adapter").exists():
+        raise run.RunError(f"{folder}: no trained adapter yet; the run is not finished, start it again to go on")
+    return devices.replicate(jaxpeft.load(folder / "adapter", base=subject.base), subject.mesh)
 
 
 def show(console: Console, folder: Path) -> None:

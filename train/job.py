@@ -68,7 +68,11 @@ def subject(config: Config) -> Subject:
     mesh = devices.data_mesh()
     model = models.pretrained(config.model.name, dtype=config.model.dtype, mesh=mesh)
     adapter_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
-    adapter = jaxpeft.init(adapter_key, config.method, sites(config, model.params), weights=model.params)
+    found = sites(config, model.params)
+    try:
+        adapter = jaxpeft.init(adapter_key, config.method, found, weights=model.params)
+    except ValueError as error:  # hyper-parameters that are valid, but not for these weights
+        raise ConfigError([f"method: {error}"]) from None
     return Subject(
         mesh=mesh,
         model=model,
@@ -81,7 +85,10 @@ def subject(config: Config) -> Subject:
 
 def sites(config: Config, params: Any) -> jaxpeft.Sites:
     """The weights that the configuration adapts."""
-    return jaxpeft.find(params, config.sites.select, exclude=config.sites.exclude, layers=config.sites.layers)
+    try:
+        return jaxpeft.find(params, config.sites.select, exclude=config.sites.exclude, layers=config.sites.layers)
+    except ValueError as error:
+        raise ConfigError([f"sites: {error}"]) from None
 
 
 def assemble(config: Config) -> Job:

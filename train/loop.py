@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 import jaxpeft
 from jaxpeft.adapter import Adapter
-from jaxpeft.checkpoint import Checkpoints
+from jaxpeft.checkpoint import Checkpoints, fingerprint
 from train import data, devices, optim
 from train.evaluate import Evaluator
 from train.job import Job
@@ -78,13 +78,14 @@ def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
     opt_state = devices.replicate(jax.jit(optimizer.init)(adapter.params), job.mesh)
     state = {"optimizer": opt_state, "key": job.key}
     batches = data.iterate(job.batches, job.examples, packed=job.packed)
-    fingerprint = data.fingerprint(job.examples)
+    data_fingerprint = data.fingerprint(job.examples)
+    base_fingerprint = fingerprint(job.base)
 
     with Checkpoints(folder / "checkpoints", keep=config.keep) as checkpoints:
         done = checkpoints.latest() or 0
         if done:
-            adapter, state, extra = checkpoints.restore(done, adapter, state)
-            if extra["data_fingerprint"] != fingerprint:
+            adapter, state, extra = checkpoints.restore(done, adapter, state, base=job.base)
+            if extra["data_fingerprint"] != data_fingerprint:
                 raise RunError(
                     f"{folder}: the training data or its tokens are not those of the checkpoint of step {done}"
                 )
@@ -118,10 +119,11 @@ def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
                 metrics.write(records)
                 if save:
                     metrics.flush()
-                    extra = {"data": batches.get_state(), "data_fingerprint": fingerprint}
+                    extra = {"data": batches.get_state(), "data_fingerprint": data_fingerprint}
                     checkpoints.save(
                         step,
                         adapter,
+                        base_fingerprint=base_fingerprint,
                         state={"optimizer": opt_state, "key": key},
                         extra=extra,
                         metrics={"loss": records[-1]["loss"]},

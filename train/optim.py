@@ -68,7 +68,7 @@ def step_function(forward: Callable, optimizer: optax.GradientTransformation, ac
         learned = jnp.maximum(jnp.sum(batch["weights"]), 1)
         gradients = jax.tree.map(lambda gradient: gradient / learned, gradients)
         updates, opt_state = optimizer.update(gradients, opt_state, adapter.params)
-        metrics = {"loss": loss / learned, "grad_norm": optax.global_norm(gradients)}
+        metrics = {"loss": loss / learned, "grad_norm": optax.tree.norm(gradients)}
         return adapter.replace(params=optax.apply_updates(adapter.params, updates)), opt_state, metrics
 
     return step

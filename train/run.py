@@ -53,14 +53,17 @@ def open_folder(config: Config) -> Path:
             raise RunError(f"{folder}: not empty, and not a run folder (no config.yaml); choose another output.folder")
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            write(stored, configuration.dump(config))
+            write(folder / ".writable", "")
+            (folder / ".writable").unlink()
     except OSError as error:
         raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from None
     return folder
 
 
-def reserve(folder: Path, size: int) -> None:
-    """Writes `size` bytes and removes them again: a full disk shows before training, not at the first checkpoint.
+def claim(folder: Path, config: Config, size: int) -> None:
+    """Writes the configuration into the folder, which from now on belongs to this run.
+
+    First `size` bytes are written and removed again: a full disk shows before training, not at the first checkpoint.
 
     Raises:
       RunError: there is no room for them.
@@ -72,6 +75,7 @@ def reserve(folder: Path, size: int) -> None:
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.write(bytes(size))
+        write(folder / "config.yaml", configuration.dump(config))
     except OSError as error:
         raise RunError(
             f"{folder}: the run's {size / 1e6:.0f} MB cannot be written: {error.strerror or error}"
@@ -88,16 +92,15 @@ def load_config(folder: Path) -> Config:
 def write(path: Path, content: str | bytes) -> None:
     """Writes a file so that a reader, or a run killed now, finds the old content or the new, never a part."""
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,180 @@
+"""The command line: fit, evaluate, generate, report."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+EXIT_CODES = """exit codes: 0 done; 1 something could not be used (said on stderr); 2 mistakes in the configuration or
+the command; 3 the loss is not finite; 143 stopped by SIGTERM or Ctrl-C after a checkpoint, the same command goes on"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes overrides only where it takes the file; here they may also come after an option.
+    if unknown := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides += rest
+    console = Console(soft_wrap=True)
+    # Orbax remarks there on ordinary things, such as reading an adapter without wanting to change its folder.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Below the parser: --help should not wait for JAX.
+    import jax
+
+    from jaxpeft.checkpoint import CheckpointError
+    from train import loop
+    from train.builtin import DownloadError
+    from train.config import ConfigError
+    from train.rows import DataError
+    from train.run import RunError
+    from train.template import TemplateError
+
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        jax.distributed.initialize(
+            num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])
+        )
+        console.quiet = jax.process_index() > 0
+    try:
+        options.command(options, console)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except loop.Diverged as error:
+        print(error, file=sys.stderr)
+        return 3
+    except loop.Stopped as error:
+        print(error, file=sys.stderr)
+        return 143
+    except (
+        CheckpointError,
+        ConnectionError,
+        DataError,
+        DownloadError,
+        FileNotFoundError,
+        RunError,
+        TemplateError,
+    ) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _fit(options: argparse.Namespace, console: Console) -> None:
+    from train import config, fit
+
+    parsed = config.load(options.config, options.overrides)
+    if options.dry_run:
+        fit.dry_run(parsed, console)
+    else:
+        fit.fit(parsed, console)
+
+
+def _evaluate(options: argparse.Namespace, console: Console) -> None:
+    from train import fit, job
+    from train.evaluate import Evaluator
+
+    config, folder = _run_or_config(options.run, options.overrides)
+    made = job.assemble(config)
+    for name, value in Evaluator(made)(fit.trained(made, folder) if folder else made.adapter).items():
+        console.print(f"{name:12} {value:.4f}", highlight=False)
+
+
+def _generate(options: argparse.Namespace, console: Console) -> None:
+    from train import fit, generate, job
+
+    config, folder = _run_or_config(options.run, options.overrides)
+    subject = job.subject(config)
+    adapter = fit.trained(subject, folder) if folder else subject.adapter
+    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin]
+    for answer in generate.answers(
+        subject,
+        adapter,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    ):
+        console.print(answer, markup=False, highlight=False)
+
+
+def _report(options: argparse.Namespace, console: Console) -> None:
+    from train import fit, report
+
+    page = report.write(Path(options.run))
+    fit.show(console, Path(options.run))
+    console.print(f"report  {page}", highlight=False)
+
+
+def _run_or_config(path: str, overrides: Sequence[str]):
+    """The configuration, and the run folder if `path` is one."""
+    from train import config
+
+    if Path(path).is_dir():
+        return config.load(Path(path) / "config.yaml", overrides), Path(path)
+    return config.load(path, overrides), None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        description="Fine-tune a language model with an adapter.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run, help: str, example: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog=f"example:\n  python -m train {name} {example}\n\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(command=run)
+        return made
+
+    overrides = {"nargs": "*", "metavar": "key=value", "help": "replaces a value of the configuration"}
+    run_or_config = {
+        "metavar": "RUN_OR_CONFIG",
+        "help": "a run folder (its trained adapter), or a configuration (the base model)",
+    }
+    fit = command(
+        "fit",
+        _fit,
+        "Measure, train, measure, save and report.",
+        "configs/quickstart.yaml train.steps=20 output.folder=runs/20",
+    )
+    fit.add_argument("config", help="a YAML file, for instance configs/quickstart.yaml")
+    fit.add_argument("overrides", **overrides)
+    fit.add_argument("--dry-run", action="store_true", help="print sites, counts, steps and memory; load no weights")
+    evaluate = command(
+        "evaluate", _evaluate, "Measure on the held-out rows.", "runs/quickstart data.held_out_rows=1500"
+    )
+    evaluate.add_argument("run", **run_or_config)
+    evaluate.add_argument("overrides", **overrides)
+    generate = command(
+        "generate", _generate, "Answer prompts.", "runs/quickstart --prompt 'Is the sentiment of …?' --max-new-tokens 4"
+    )
+    generate.add_argument("run", **run_or_config)
+    generate.add_argument("overrides", **overrides)
+    generate.add_argument(
+        "--prompt", action="append", help="a user's message; may be repeated (default: lines of stdin)"
+    )
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+    report = command("report", _report, "Write report.md and loss.png of a finished run again.", "runs/quickstart")
+    report.add_argument("run", metavar="RUN", help="a run folder")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
