@@ -75,7 +75,9 @@ class Config:
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
         if heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads={heads} is no multiple of {self.num_key_value_heads=}")
+            raise ValueError(
+                f"num_attention_heads={heads} is no multiple of num_key_value_heads={self.num_key_value_heads}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: the rotation acts on pairs")
         if self.remat not in REMAT_POLICIES:

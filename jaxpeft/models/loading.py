@@ -163,7 +163,7 @@ class _Tensors:
                 return self.slices[name.format(layer)][index[1], index[0]].T
             return self.slices[name.format(layer)][index]
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, leaf.shape, strict=True))
             out = np.empty(shape, leaf.dtype)
             if "{}" in name:

@@ -173,7 +173,6 @@ def _wheel(model: PackagedModel, cache: Path, offline: bool) -> Path:
 
 
 def _hub(name: str, cache_dir: str | os.PathLike | None, offline: bool) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
