@@ -23,8 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     console = Console(soft_wrap=True)
-    # Orbax remarks there on ordinary things, such as reading an adapter without wanting to change its folder.
+    # Remarks on ordinary things: an adapter is read without wanting to change its folder; PyTorch is not installed.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Below the parser: --help should not wait for JAX.
     import jax
 

@@ -19,6 +19,12 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def shapes(tree: Any, mesh: Mesh) -> Any:
+    """What `replicate` gives, without memory."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), tree)
+
+
 def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Global arrays, split over the devices along the first axis, of what each process holds of a batch."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))

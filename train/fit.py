@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
 import jaxpeft
 from jaxpeft.adapter import Adapter
-from train import devices, job, loop, report, run
+from train import data, devices, job, loop, optim, report, run
 from train.config import Config
 from train.evaluate import Evaluator
 
@@ -62,6 +64,36 @@ def fit(config: Config, console: Console) -> Path:
         show(console, folder)
         console.print(f"adapter  {folder / 'adapter'}\nreport   {page}", highlight=False)
     return folder
+
+
+def dry_run(config: Config, console: Console) -> None:
+    """Prints sites, counts, steps and the memory of one training step; loads no weights, and writes nothing."""
+    made = job.assemble(config, weights=False)
+    console.print(str(made.adapter.sites), str(jaxpeft.summary(made.adapter)), *made.notes, sep="\n\n", markup=False)
+    optimizer = optim.optimizer(config.optimizer, len(made.batches))
+    step = optim.step_function(jaxpeft.adapt(made.model.token_losses), optimizer, config.train.accumulate)
+    opt_state = devices.shapes(jax.eval_shape(optimizer.init, made.adapter.params), made.mesh)
+    longest = max(made.batches, key=lambda batch: batch.length)
+    rows = NamedSharding(made.mesh, PartitionSpec("data"))
+    batch = {
+        name: jax.ShapeDtypeStruct((config.train.batch_size, longest.length), array.dtype, sharding=rows)
+        for name, array in data.collate(longest, made.examples, made.packed).items()
+    }
+    # What the compiler itself says, for the longest batch.
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1))
+        .lower(made.adapter, opt_state, made.base, batch, made.key, np.int32(1))
+        .compile()
+    )
+    memory = compiled.memory_analysis()
+    base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made.base))
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    console.print(
+        f"\nmemory per device: {total / 1e6:,.1f} MB = base {base / 1e6:,.1f}"
+        f" + adapter, optimizer and batch {(memory.argument_size_in_bytes - base) / 1e6:,.1f}"
+        f" + activations and temporaries {memory.temp_size_in_bytes / 1e6:,.1f}",
+        highlight=False,
+    )
 
 
 def trained(subject: job.Subject, folder: Path) -> Adapter:

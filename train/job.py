@@ -1,5 +1,6 @@
 """What a configuration stands for: the model, the adapter and the data, ready to be trained or measured."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,24 +64,42 @@ class Job(Subject):
         return self.config.data.batching == "pack"
 
 
-def subject(config: Config) -> Subject:
-    """Loads the model and makes the adapter."""
+def subject(config: Config, weights: bool = True) -> Subject:
+    """Loads the model and makes the adapter; without `weights`, both are shapes only."""
     mesh = devices.data_mesh()
-    model = models.pretrained(config.model.name, dtype=config.model.dtype, mesh=mesh)
+    load = models.pretrained if weights else skeleton
+    model = load(config.model.name, dtype=config.model.dtype, mesh=mesh)
     adapter_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
     found = sites(config, model.params)
+
+    def make(key: jax.Array, base: Any) -> Adapter:
+        return jaxpeft.init(key, config.method, found, weights=base)
+
     try:
-        adapter = jaxpeft.init(adapter_key, config.method, found, weights=model.params)
+        adapter = make(adapter_key, model.params) if weights else jax.eval_shape(make, adapter_key, model.params)
     except ValueError as error:  # hyper-parameters that are valid, but not for these weights
         raise ConfigError([f"method: {error}"]) from None
     return Subject(
         mesh=mesh,
         model=model,
         base=model.params,
-        adapter=devices.replicate(adapter, mesh),
+        adapter=devices.replicate(adapter, mesh) if weights else devices.shapes(adapter, mesh),
         key=devices.replicate(dropout_key, mesh),
         template=Template(model.tokenizer, config.data.template),
     )
+
+
+def skeleton(name: str, *, dtype: str, mesh: Mesh) -> models.LanguageModel:
+    """The model that `models.pretrained` returns, with shapes in place of its parameters."""
+    if name in models.PACKAGED:
+        # Its configuration and tokenizer are inside the one file that holds the weights.
+        model = models.pretrained(name, dtype=dtype)
+        return dataclasses.replace(model, params=devices.shapes(model.params, mesh))
+    import transformers
+
+    shape = models.Config.from_hf(transformers.AutoConfig.from_pretrained(name), dtype=dtype, param_dtype=dtype)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    return models.LanguageModel(shape, devices.shapes(models.abstract(shape), mesh), tokenizer, name)
 
 
 def sites(config: Config, params: Any) -> jaxpeft.Sites:
@@ -91,8 +110,8 @@ def sites(config: Config, params: Any) -> jaxpeft.Sites:
         raise ConfigError([f"sites: {error}"]) from None
 
 
-def assemble(config: Config) -> Job:
-    """Everything a run needs.
+def assemble(config: Config, weights: bool = True) -> Job:
+    """Everything a run needs; without `weights`, model and adapter are shapes only.
 
     Raises:
       ConfigError: a batch cannot be split over the devices.
@@ -107,7 +126,7 @@ def assemble(config: Config) -> Job:
             ]
         )
     train_rows, held_out = rows.load(config.data)
-    made = subject(config)
+    made = subject(config, weights)
     _, examples, train_note = data.encode(train_rows, made.template, config.data)
     held_out, held_out_examples, held_out_note = data.encode(held_out, made.template, config.data)
     lengths = data.input_lengths(examples)

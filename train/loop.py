@@ -106,7 +106,7 @@ def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
                 # The device is asked only now and then, so that it never waits for Python between steps.
                 if not (save or measure or step % config.log_every == 0):
                     continue
-                records = _records(pending, checkpoints, folder)
+                records = _records(pending, checkpoints)
                 seconds = time.perf_counter() - start - (step_function.seconds - compiled)
                 for record in records:
                     record["learning_rate"] = float(schedule(record["step"] - 1))
@@ -135,18 +135,26 @@ def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
     return adapter
 
 
-def _records(pending: list[tuple[int, dict[str, jax.Array]]], checkpoints: Checkpoints, folder: Path) -> list[dict]:
+def _records(pending: list[tuple[int, dict[str, jax.Array]]], checkpoints: Checkpoints) -> list[dict[str, Any]]:
     """The measurements of the pending steps as numbers; waits for the device."""
     records = [{"step": step} | {name: float(value) for name, value in measured.items()} for step, measured in pending]
     for record in records:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(record[name]):
-                good = checkpoints.latest()
-                kept = (
-                    f"{folder / 'checkpoints' / str(good)} is the last good checkpoint" if good else "no checkpoint yet"
-                )
                 raise Diverged(
-                    f"step {record['step']}: {name} is {record[name]}; stopped, nothing of this step is saved; {kept}. "
-                    "Try a lower optimizer.learning_rate"
+                    f"step {record['step']}: {name} is {record[name]}; stopped, and nothing of this step is saved. "
+                    f"{_last_good(checkpoints, record['step'])}. Try a lower optimizer.learning_rate"
                 )
     return records
+
+
+def _last_good(checkpoints: Checkpoints, bad: int) -> str:
+    """Which checkpoint to go back to when step `bad` failed."""
+    checkpoints.wait()
+    saved = sorted(int(path.name) for path in checkpoints.folder.iterdir() if path.name.isdigit())
+    # The parameters after step n are proven by the loss of step n + 1, so those of the step just before are suspect.
+    good = [step for step in saved if step < bad - 1]
+    text = (
+        f"The last good checkpoint is {checkpoints.folder / str(good[-1])}" if good else "There is no good checkpoint"
+    )
+    return text + (f"; delete {checkpoints.folder / str(bad - 1)} to go on from there" if bad - 1 in saved else "")
