@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
 import jax
@@ -74,15 +73,10 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> Adapter:
         >>> jaxpeft.count(adapter)
         384
     """
-    params, constants = _draw(spec, sites, key, weights)
-    for group in sites:  # Outside the compiled function, which knows specs of every alpha as one.
+    params, constants = method_of(spec).init(key, spec, sites, weights)
+    for group in sites:
         constants[group.name]["scale"] = jnp.full(group.layers, spec.scale(group), jnp.float32)
     return Adapter(params, constants, spec, sites)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _draw(spec: Spec, sites: Sites, key: Array, weights: Any) -> tuple[dict, dict]:
-    return method_of(spec).init(key, spec, sites, weights)
 
 
 def count(adapter: Adapter) -> int:

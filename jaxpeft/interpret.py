@@ -5,11 +5,12 @@ is formed, which is always correct, and noted. Control flow is rebuilt around th
 keeps its factors inside scan, remat, while, cond and jit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import primitives
 
@@ -17,13 +18,15 @@ from jaxpeft import rules
 from jaxpeft.values import Adapted, record
 
 
-def evaluate(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Any]) -> list[Array]:
-    """The outputs of a jaxpr, as plain arrays."""
-    return [_form(value, "output") for value in interpret(jaxpr, inputs)]
+def evaluate(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Any], needed: Sequence[bool] | None = None) -> list[Array]:
+    """The needed outputs of a jaxpr, all by default, as plain arrays."""
+    needed = [True] * len(jaxpr.jaxpr.outvars) if needed is None else needed
+    outputs = interpret(jaxpr, inputs, needed)
+    return [_form(value, "output") for value, wanted in zip(outputs, needed, strict=True) if wanted]
 
 
-def interpret(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
-    """The outputs of a jaxpr; weights that it only passes on come out adapted."""
+def interpret(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Any], needed: Sequence[bool]) -> list[Any]:
+    """The outputs of a jaxpr, None where not needed; weights that it only passes on come out adapted."""
     environment: dict[Any, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
     environment |= zip(jaxpr.jaxpr.invars, inputs, strict=True)
     formed: dict[Any, Array] = {}
@@ -40,19 +43,36 @@ def interpret(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
             formed[atom] = value.materialize()
         return formed[atom]
 
-    for equation in jaxpr.jaxpr.eqns:
+    for equation, wanted in _live_equations(jaxpr.jaxpr, needed):
         primitive, results = equation.primitive, NotImplemented
         operands = [read(atom) for atom in equation.invars]
         with equation.ctx.manager, jax.named_scope(str(equation.source_info.name_stack)):
             if any(isinstance(operand, Adapted) for operand in operands):
-                if primitive in RULES:
-                    results = RULES[primitive](equation.params, *operands)
+                if primitive in CONTROL_FLOW:
+                    results = CONTROL_FLOW[primitive](equation.params, wanted, operands)
+                elif primitive in rules.RULES:
+                    results = rules.RULES[primitive](equation.params, *operands)
                 if results is NotImplemented:
                     operands = [read_formed(atom, primitive.name) for atom in equation.invars]
             if results is NotImplemented:
                 results = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
         environment |= zip(equation.outvars, results if primitive.multiple_results else [results], strict=True)
-    return [read(atom) for atom in jaxpr.jaxpr.outvars]
+    return [read(atom) if wanted else None for atom, wanted in zip(jaxpr.jaxpr.outvars, needed, strict=True)]
+
+
+def _live_equations(jaxpr: jex.Jaxpr, needed: Sequence[bool]) -> list[tuple[jex.JaxprEqn, list[bool]]]:
+    """The equations that the needed outputs depend on, or that have effects, each with the outputs needed of it.
+
+    Dead code matters here: nnx.scan hands every weight back from its loop, and a weight must not be formed for that.
+    """
+    live = {atom for atom, wanted in zip(jaxpr.outvars, needed, strict=True) if wanted and isinstance(atom, jex.Var)}
+    kept = []
+    for equation in reversed(jaxpr.eqns):
+        wanted = [variable in live for variable in equation.outvars]
+        if any(wanted) or equation.effects:
+            live |= {atom for atom in equation.invars if isinstance(atom, jex.Var)}
+            kept.append((equation, wanted))
+    return kept[::-1]
 
 
 def _form(value: Any, primitive: str) -> Any:
@@ -62,28 +82,34 @@ def _form(value: Any, primitive: str) -> Any:
     return value.materialize()
 
 
-def _jit(params: dict, *operands: Any) -> list[Any]:
-    return interpret(params["jaxpr"], operands)
+def _jit(params: dict, needed: Sequence[bool], operands: Sequence[Any]) -> list[Any]:
+    return interpret(params["jaxpr"], operands, needed)
 
 
-def _remat(params: dict, *operands: Any) -> list[Array]:
+def _remat(params: dict, needed: Sequence[bool], operands: Sequence[Any]) -> list[Any]:
     body = jex.ClosedJaxpr(params["jaxpr"], ())
+    passed_on = _passed_on(params["jaxpr"], operands)
+    computed = [wanted and at not in passed_on for at, wanted in enumerate(needed)]
 
     def recomputed(operands: Sequence[Any]) -> list[Array]:
-        return evaluate(body, operands)
+        return evaluate(body, operands, computed)
 
-    return jax.checkpoint(recomputed, policy=params["policy"], prevent_cse=params["prevent_cse"])(operands)
+    results = jax.checkpoint(recomputed, policy=params["policy"], prevent_cse=params["prevent_cse"])(operands)
+    return _filled(results, computed, passed_on)
 
 
-def _scan(params: dict, *operands: Any) -> Any:
+def _scan(params: dict, needed: Sequence[bool], operands: Sequence[Any]) -> Any:
     consts, carry, xs = _scan_groups(params, operands)
     leading = [rules.stack_axis_first(x) if isinstance(x, Adapted) else x for x in xs]
     if any(x is NotImplemented for x in leading):
         return NotImplemented
+    # A stacked weight that the body hands back slice by slice is that weight again.
+    passed_on = _passed_on(params["jaxpr"].jaxpr, [*[None] * (len(consts) + len(carry)), *xs])
+    computed = [at < len(carry) or (wanted and at not in passed_on) for at, wanted in enumerate(needed)]
 
     def body(carry: list, xs: list) -> tuple[list, list]:
         slices = [rules.without_leading_axis(x) if isinstance(x, Adapted) else x for x in xs]
-        outputs = evaluate(params["jaxpr"], [*consts, *carry, *slices])
+        outputs = evaluate(params["jaxpr"], [*consts, *carry, *slices], computed)
         return outputs[: len(carry)], outputs[len(carry) :]
 
     carry, ys = jax.lax.scan(
@@ -95,7 +121,20 @@ def _scan(params: dict, *operands: Any) -> Any:
         unroll=params["unroll"],
         _split_transpose=params.get("_split_transpose", False),
     )
-    return [*carry, *ys]
+    return _filled([*carry, *ys], computed, passed_on)
+
+
+def _passed_on(jaxpr: jex.Jaxpr, operands: Sequence[Any]) -> dict[int, Adapted]:
+    """{output: operand} of adapted weights that a body returns as it got them."""
+    inputs = dict(zip(jaxpr.invars, operands, strict=True))
+    found = {at: inputs.get(atom) for at, atom in enumerate(jaxpr.outvars) if isinstance(atom, jex.Var)}
+    return {at: value for at, value in found.items() if isinstance(value, Adapted)}
+
+
+def _filled(results: Sequence[Any], computed: Sequence[bool], passed_on: Mapping[int, Any]) -> list[Any]:
+    """Outputs in their places: computed, passed on, or None where not needed."""
+    remaining = iter(results)
+    return [next(remaining) if made else passed_on.get(at) for at, made in enumerate(computed)]
 
 
 def _scan_groups(params: dict, operands: Sequence[Any]) -> tuple[list, list, list]:
@@ -107,7 +146,8 @@ def _scan_groups(params: dict, operands: Sequence[Any]) -> tuple[list, list, lis
     return list(operands[:first]), list(operands[first:second]), list(operands[second:])
 
 
-def _while(params: dict, *operands: Any) -> list[Array]:
+def _while(params: dict, needed: Sequence[bool], operands: Sequence[Any]) -> list[Array]:
+    del needed  # The loop needs its whole carry.
     first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     condition_consts, body_consts, carry = operands[:first], operands[first:second], operands[second:]
     return jax.lax.while_loop(
@@ -117,19 +157,20 @@ def _while(params: dict, *operands: Any) -> list[Array]:
     )
 
 
-def _cond(params: dict, index: Any, *operands: Any) -> list[Array]:
-    branches: list[Callable] = [
-        lambda *operands, branch=branch: evaluate(branch, operands) for branch in params["branches"]
-    ]
-    return jax.lax.switch(jax.numpy.asarray(index, "int32"), branches, *operands)
+def _cond(params: dict, needed: Sequence[bool], operands: Sequence[Any]) -> list[Any]:
+    def branch(jaxpr: jex.ClosedJaxpr) -> Callable[..., list[Array]]:
+        return lambda *operands: evaluate(jaxpr, operands, needed)
+
+    index, *operands = operands
+    results = jax.lax.switch(jnp.asarray(index, jnp.int32), [branch(jaxpr) for jaxpr in params["branches"]], *operands)
+    return _filled(results, needed, {})
 
 
-RULES: dict[jex.Primitive, Callable[..., Any]] = {
+CONTROL_FLOW: dict[jex.Primitive, Callable[[dict, Sequence[bool], Sequence[Any]], Any]] = {
     primitives.jit_p: _jit,
     primitives.remat_p: _remat,
     primitives.scan_p: _scan,
     primitives.while_p: _while,
     primitives.cond_p: _cond,
-    **rules.RULES,
 }
-"""{primitive: rule}; a rule takes the equation's parameters and operands and returns the results, or NotImplemented."""
+"""{primitive: rule}; a rule takes the equation's parameters, which outputs are needed, and the operands."""

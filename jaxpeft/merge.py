@@ -54,11 +54,22 @@ def merge(base: Any, adapter: Adapter | Sequence[Adapter]) -> Any:
         >>> bool((jaxpeft.merge(base, adapter)["up"]["kernel"] == base["up"]["kernel"]).all())
         True
     """
-    return merge_with_report(base, adapter)[0]
+    return _merge(base, adapter)[0]
 
 
 def merge_with_report(base: Any, adapter: Adapter | Sequence[Adapter]) -> tuple[Any, MergeReport]:
-    """`merge`, and the error of its cast, measured against float32."""
+    """`merge`, and the error of its cast, measured against float32; not under jit."""
+    merged, errors = _merge(base, adapter)
+    errors = {path: (float(largest), float(lost)) for path, (largest, lost) in jax.device_get(errors).items()}
+    report = MergeReport(
+        largest_error={path: largest for path, (largest, _) in errors.items()},
+        lost={path: lost for path, (_, lost) in errors.items()},
+    )
+    return merged, report
+
+
+def _merge(base: Any, adapter: Adapter | Sequence[Adapter]) -> tuple[Any, dict[str, tuple[Array, Array]]]:
+    """The merged tree, and {path: (largest error, lost share)}."""
     adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
     leaves = flatten(base)
     changes: dict[str, tuple[Group, tuple[Update, ...]]] = {}
@@ -66,16 +77,9 @@ def merge_with_report(base: Any, adapter: Adapter | Sequence[Adapter]) -> tuple[
         check_base(one.sites, leaves)
         for path, (group, update) in by_path(one).items():
             changes[path] = group, (*changes.get(path, (group, ()))[1], update)
-    merged, errors = {}, {}
-    for path, (group, updates) in changes.items():
-        merged[path], errors[path] = _merge_one(group, leaves[path], updates)
-    errors = jax.device_get(errors)
-    report = MergeReport(
-        largest_error={path: float(largest) for path, (largest, _) in errors.items()},
-        lost={path: float(lost) for path, (_, lost) in errors.items()},
-    )
-    tree = [merged.get(path, leaf) for path, leaf in paths_and_leaves(base)]
-    return jax.tree.unflatten(jax.tree.structure(base), tree), report
+    merged = {path: _merge_one(group, leaves[path], updates) for path, (group, updates) in changes.items()}
+    tree = [merged[path][0] if path in merged else leaf for path, leaf in paths_and_leaves(base)]
+    return jax.tree.unflatten(jax.tree.structure(base), tree), {path: errors for path, (_, errors) in merged.items()}
 
 
 @partial(jax.jit, static_argnums=0)
