@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_models_decoder import TINY, VARIANTS
 
 import jaxpeft
 from jaxpeft import models
 from jaxpeft.methods import lora
 from jaxpeft.models.generate import Sampling
-from tests.test_models_decoder import TINY, VARIANTS
 
 PROMPTS = [[5, 9, 2, 41, 7, 7], [3], [60, 1, 17]]
 LENGTHS = jnp.array([len(prompt) for prompt in PROMPTS])
