@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP_INSTALL := pip install --quiet --disable-pip-version-check
+
+.PHONY: quickstart test check parity newest clean
+
+quickstart: .venv/train  ## install, fetch the real model and data, fine-tune, evaluate, write a report
+	$(BIN)/python -m train fit configs/quickstart.yaml
+
+test: .venv/test  ## all tests, the long ones too
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/dev  ## format, lint, types, doctests; warnings are errors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest --doctest-modules jaxpeft train
+
+parity: .venv/parity  ## the tests that ask torch and PEFT for the expected values
+	$(BIN)/python -m pytest -m parity
+
+newest: .venv-newest/test  ## the library's tests on a newer Python, with the newest jax and flax it can have
+	.venv-newest/bin/python -c "import sys, jax, flax; print('Python', sys.version.split()[0], 'jax', jax.__version__, 'flax', flax.__version__)"
+	.venv-newest/bin/python -m pytest -n 2 -m "not slow" --ignore-glob="tests/test_train*"
+
+# Each stamp is one extra of pyproject.toml, installed into .venv.
+.venv/%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/$(PIP_INSTALL) -e '.[train,$*]'
+	touch $@
+
+.venv-newest/test: pyproject.toml
+	test -x .venv-newest/bin/python || $(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/$(PIP_INSTALL) -e '.[train,test]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-newest runs
