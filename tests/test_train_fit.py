@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -450,3 +451,30 @@ def test_other_data_is_refused_on_resume(model, tmp_path):
     made = job.assemble(config)
     with pytest.raises(run.RunError, match="the training data or its tokens are not those of the checkpoint of step 2"):
         loop.train(made, folder, evaluate.Evaluator(made))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(model, cache, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    settings = ("train.steps=4", "method.dropout=0.0")
+    one = Run(model, tmp_path / "one", cache, *settings).finish()
+    two = Run(model, tmp_path / "two", cache, *settings)
+    processes = []
+    for number in range(2):
+        two.environment |= {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(number),
+        }
+        processes.append(two.start())
+    for process in processes:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    expected, found = one.result(), two.result()
+    for a, b in zip(found[0], expected[0], strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-2, atol=1e-3)
+    assert [record["loss"] for record in found[1]] == pytest.approx(
+        [record["loss"] for record in expected[1]], rel=1e-3
+    )

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-EXIT_CODES = """exit codes: 0 done; 1 something could not be used (said on stderr); 2 mistakes in the configuration or
-the command; 3 the loss is not finite; 143 stopped by SIGTERM or Ctrl-C after a checkpoint, the same command goes on"""
+NOTES = """exit codes: 0 done; 1 something could not be used (said on stderr); 2 mistakes in the configuration or
+the command; 3 the loss is not finite; 143 stopped by SIGTERM or Ctrl-C after a checkpoint, the same command goes on
+
+several processes: set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each; the first one
+writes, and all need the run folder"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from train.template import TemplateError
 
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        processes, number = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
         jax.distributed.initialize(
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])
+            num_processes=int(processes) if processes else None, process_id=int(number) if number else None
         )
         console.quiet = jax.process_index() > 0
     try:
@@ -126,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train",
         description="Fine-tune a language model with an adapter.",
-        epilog=EXIT_CODES,
+        epilog=NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -136,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=help,
             description=help,
-            epilog=f"example:\n  python -m train {name} {example}\n\n{EXIT_CODES}",
+            epilog=f"example:\n  python -m train {name} {example}\n\n{NOTES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         made.set_defaults(command=run)

@@ -14,21 +14,29 @@ def data_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """An array whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """An array split over the devices along its first axis."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """The whole tree on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, everywhere(mesh))
 
 
 def shapes(tree: Any, mesh: Mesh) -> Any:
     """What `replicate` gives, without memory."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), tree)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere(mesh)), tree)
 
 
 def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Global arrays, split over the devices along the first axis, of what each process holds of a batch."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    return {name: jax.make_array_from_process_local_data(by_rows(mesh), array) for name, array in batch.items()}
 
 
 def whole_batches(size: int) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxpeft
 from jaxpeft.adapter import Adapter
@@ -35,13 +34,12 @@ class Evaluator:
         self.job = job
         self.config = job.config.evaluate
         self.batch_size = devices.whole_batches(self.config.batch_size)
-        whole = NamedSharding(job.mesh, PartitionSpec())
         forward = jaxpeft.adapt(job.model.token_losses)
 
         def losses(base: Any, adapter: Adapter, batch: dict[str, jax.Array]) -> jax.Array:
             return forward(base, adapter, batch["tokens"], batch["targets"])
 
-        self.losses = devices.Compiled(losses, out_shardings=whole)
+        self.losses = devices.Compiled(losses, out_shardings=devices.everywhere(job.mesh))
         self.generate = Generator(
             job,
             batch_size=self.config.batch_size,

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
@@ -74,9 +73,10 @@ def dry_run(config: Config, console: Console) -> None:
     step = optim.step_function(jaxpeft.adapt(made.model.token_losses), optimizer, config.train.accumulate)
     opt_state = devices.shapes(jax.eval_shape(optimizer.init, made.adapter.params), made.mesh)
     longest = max(made.batches, key=lambda batch: batch.length)
-    rows = NamedSharding(made.mesh, PartitionSpec("data"))
     batch = {
-        name: jax.ShapeDtypeStruct((config.train.batch_size, longest.length), array.dtype, sharding=rows)
+        name: jax.ShapeDtypeStruct(
+            (config.train.batch_size, longest.length), array.dtype, sharding=devices.by_rows(made.mesh)
+        )
         for name, array in data.collate(longest, made.examples, made.packed).items()
     }
     # What the compiler itself says, for the longest batch.
@@ -104,7 +104,7 @@ def trained(subject: job.Subject, folder: Path) -> Adapter:
     """
     if not (folder / "adapter").exists():
         raise run.RunError(f"{folder}: no trained adapter yet; the run is not finished, start it again to go on")
-    return devices.replicate(jaxpeft.load(folder / "adapter", base=subject.base), subject.mesh)
+    return jaxpeft.load(folder / "adapter", base=subject.base, sharding=devices.everywhere(subject.mesh))
 
 
 def show(console: Console, folder: Path) -> None:

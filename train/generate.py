@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxpeft
 from jaxpeft.adapter import Adapter
@@ -32,7 +31,7 @@ class Generator:
         end_ids = tuple(sorted(subject.template.end_ids))
         forward = jaxpeft.adapt(subject.model.generate)
 
-        def generate(base, adapter, tokens, lengths, key):
+        def generate(base, adapter, tokens, lengths, seed, number):
             return forward(
                 base,
                 adapter,
@@ -40,17 +39,16 @@ class Generator:
                 lengths,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
-                key=key,
+                key=jax.random.fold_in(jax.random.key(seed), number),
                 eos_ids=end_ids,
             )
 
-        self.generate = devices.Compiled(generate, out_shardings=NamedSharding(subject.mesh, PartitionSpec()))
+        self.generate = devices.Compiled(generate, out_shardings=devices.everywhere(subject.mesh))
 
     def __call__(self, adapter: Adapter, prompts: Sequence[np.ndarray], seed: int = 0) -> list[str]:
         """The answers to tokenised prompts, in their order."""
         answers = [""] * len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts])
-        key = jax.random.key(seed)
         for number, batch in enumerate(data.fixed_batches(lengths, self.batch_size, self.buckets)):
             tokens = np.zeros((self.batch_size, batch.length), np.int32)
             used = np.ones(self.batch_size, np.int32)  # a prompt has at least one token, also one that fills up
@@ -59,9 +57,9 @@ class Generator:
                     tokens[i, : lengths[prompt]] = prompts[prompt]
                     used[i] = lengths[prompt]
             # Every process holds all prompts, and gets all answers.
-            inputs = jax.device_put((tokens, used), NamedSharding(self.subject.mesh, PartitionSpec("data")))
-            batch_key = devices.replicate(jax.random.fold_in(key, number), self.subject.mesh)
-            generated = np.asarray(self.generate(self.subject.base, adapter, *inputs, batch_key))
+            inputs = jax.device_put((tokens, used), devices.by_rows(self.subject.mesh))
+            random = np.uint32(seed), np.uint32(number)
+            generated = np.asarray(self.generate(self.subject.base, adapter, *inputs, *random))
             for i, row in enumerate(batch.sequences):
                 for prompt in row:
                     answers[prompt] = self.subject.template.decode(generated[i])

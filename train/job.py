@@ -69,7 +69,11 @@ def subject(config: Config, weights: bool = True) -> Subject:
     mesh = devices.data_mesh()
     load = models.pretrained if weights else skeleton
     model = load(config.model.name, dtype=config.model.dtype, mesh=mesh)
-    adapter_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
+    # Made on the mesh, because a random key cannot be moved to other processes.
+    keys = jax.jit(
+        lambda: tuple(jax.random.split(jax.random.key(config.train.seed))), out_shardings=devices.everywhere(mesh)
+    )
+    adapter_key, dropout_key = keys()
     found = sites(config, model.params)
 
     def make(key: jax.Array, base: Any) -> Adapter:
@@ -84,7 +88,7 @@ def subject(config: Config, weights: bool = True) -> Subject:
         model=model,
         base=model.params,
         adapter=devices.replicate(adapter, mesh) if weights else devices.shapes(adapter, mesh),
-        key=devices.replicate(dropout_key, mesh),
+        key=dropout_key,
         template=Template(model.tokenizer, config.data.template),
     )
 

@@ -71,7 +71,11 @@ def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
     schedule = optim.schedule(job.config.optimizer, steps)
     optimizer = optim.optimizer(job.config.optimizer, steps)
     forward = jaxpeft.adapt(job.model.token_losses)
-    step_function = devices.Compiled(optim.step_function(forward, optimizer, config.accumulate), donate_argnums=(0, 1))
+    step_function = devices.Compiled(
+        optim.step_function(forward, optimizer, config.accumulate),
+        donate_argnums=(0, 1),
+        out_shardings=devices.everywhere(job.mesh),
+    )
 
     # A copy: the step donates its adapter, and the job keeps the one it started from.
     adapter = jax.tree.map(jnp.copy, job.adapter)

@@ -37,24 +37,25 @@ def open_folder(config: Config) -> Path:
       RunError: the folder belongs to another run, or cannot be written.
     """
     folder = Path(config.output.folder).absolute()
+    if jax.process_index() > 0:
+        return folder
     stored = folder / "config.yaml"
     try:
         occupied = folder.is_dir() and any(folder.iterdir())
         if occupied and config.output.resume == "never":
             raise RunError(f"{folder}: not empty, and output.resume is never; choose another output.folder")
-        if stored.exists():
+        if occupied and not stored.exists():
+            raise RunError(f"{folder}: not empty, and not a run folder (no config.yaml); choose another output.folder")
+        if occupied:
             differences = list(_differences(json_of(stored), configuration.as_dict(config)))
             if differences:
                 raise RunError(
                     f"{folder}: holds a run with another configuration; choose another output.folder, or go back to\n"
                     + "\n".join(f"  {line}" for line in differences)
                 )
-        elif occupied:
-            raise RunError(f"{folder}: not empty, and not a run folder (no config.yaml); choose another output.folder")
-        if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            write(folder / ".writable", "")
-            (folder / ".writable").unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / ".writable", "")
+        (folder / ".writable").unlink()
     except OSError as error:
         raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from None
     return folder
@@ -80,13 +81,6 @@ def claim(folder: Path, config: Config, size: int) -> None:
         raise RunError(
             f"{folder}: the run's {size / 1e6:.0f} MB cannot be written: {error.strerror or error}"
         ) from None
-
-
-def load_config(folder: Path) -> Config:
-    """The configuration of a run folder."""
-    if not (folder / "config.yaml").exists():
-        raise RunError(f"{folder}: not a run folder (no config.yaml)")
-    return configuration.load(folder / "config.yaml")
 
 
 def write(path: Path, content: str | bytes) -> None:
