@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
-from jax.sharding import AxisType
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft
@@ -56,6 +57,7 @@ def assert_same_as_merged(fn, base, adapter, *args, fused: bool = True) -> None:
 
 X = jax.random.normal(jax.random.key(9), (4, IN))
 Y = jax.random.normal(jax.random.key(10), (4, OUT))
+MESH = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 HEADS = jax.random.normal(jax.random.key(11), (4, 2, 5))
 
 FUSED = {
@@ -113,6 +115,13 @@ FUSED = {
     "while": ((IN, OUT), "io", lambda p: jax.lax.fori_loop(0, 3, lambda i, y: y + X @ p["w"], jnp.zeros((4, OUT)))),
     "cond": ((IN, OUT), "io", lambda p: jax.lax.cond(X[0, 0] > 0, lambda w: X @ w, lambda w: 2 * X @ w, p["w"])),
     "stop_gradient": ((IN, OUT), "io", lambda p: X @ jax.lax.stop_gradient(p["w"])),
+    "sharding constraint": (
+        (OUT, IN),
+        "oi",
+        lambda p: X @ jax.lax.with_sharding_constraint(p["w"].T, NamedSharding(MESH, P(None, "data"))),
+    ),
+    "named for a remat policy": ((IN, OUT), "io", lambda p: X @ checkpoint_name(p["w"], "kernel")),
+    "copied": ((IN, OUT), "io", lambda p: X @ jnp.array(p["w"], copy=True)),
     "highest precision": ((IN, OUT), "io", lambda p: jnp.matmul(X, p["w"], precision="highest")),
     "gradient inside the model": ((IN, OUT), "io", lambda p: jax.grad(lambda x: jnp.sum(jnp.sin(x @ p["w"])))(X)),
     "embedding rows": ((IN, OUT), "io", lambda p: jnp.take(p["w"], jnp.array([[0, 3], [5, 1]]), axis=0)),
@@ -160,9 +169,8 @@ def test_custom_vjp_and_shard_map_beside_an_adapted_weight() -> None:
         return 2 * x
 
     double.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    @functools.partial(jax.shard_map, mesh=MESH, in_specs=P("data"), out_specs=P("data"))
     def local(x):
         return jnp.sin(x)
 
@@ -190,6 +198,19 @@ def test_low_precision_keeps_factors_in_float32() -> None:
     out = jaxpeft.adapt(fn)(half, adapter, X.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), fn(jaxpeft.merge(base, adapter), X), rtol=0.1, atol=0.1)
+
+
+def test_dropout_in_an_unrolled_model_and_where_a_weight_is_formed() -> None:
+    base, adapter = adapted((IN, OUT), "io")
+    adapter = adapter.replace(spec=dataclasses.replace(adapter.spec, dropout=0.5))
+    key = jax.random.key(0)
+    x = jnp.ones((2000, IN))
+    found = jaxpeft.adapt(lambda p, x: x @ p["w"])(base, adapter, x, dropout_key=key)
+    expected = x @ jaxpeft.merge(base, adapter)["w"]
+    assert not jnp.allclose(found[0], found[1])
+    np.testing.assert_allclose(found.mean(axis=0), expected[0], atol=0.1 * float(jnp.abs(expected).max()))
+    with pytest.raises(ValueError, match="dropout on an adapter's input needs a fused product"):
+        jaxpeft.adapt(lambda p, x: x * p["w"].sum())(base, adapter, x, dropout_key=key)
 
 
 def test_an_unused_site_is_an_error() -> None:

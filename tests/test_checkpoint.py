@@ -112,6 +112,15 @@ def test_nothing_there(tmp_path) -> None:
         jaxpeft.load(tmp_path)
 
 
+def test_what_another_program_saved(tmp_path) -> None:
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(tmp_path / "theirs") as manager:
+        manager.save(3, args=ocp.args.StandardSave({"w": jnp.ones(3)}))
+    with pytest.raises(jaxpeft.CheckpointError, match="no readable metadata"):
+        jaxpeft.load(tmp_path / "theirs")
+
+
 def test_fingerprint() -> None:
     assert fingerprint(BASE) == fingerprint(jax.tree.map(np.asarray, BASE))
     assert fingerprint(BASE) == fingerprint(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), BASE))
