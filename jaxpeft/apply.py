@@ -8,7 +8,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import jax
@@ -81,7 +80,6 @@ def adapt(fn: Callable) -> Callable:
         Array([[3., 3., 3., 3.]], dtype=float32)
     """
 
-    @wraps(fn)
     def forward(
         base: Any, adapter: Adapter | Sequence[Adapter], *args: Any, dropout_key: Array | None = None, **kwargs: Any
     ) -> Any:
@@ -97,6 +95,8 @@ def adapt(fn: Callable) -> Callable:
             )
         return out
 
+    # Not functools.wraps: it would lend fn's signature, which lacks the adapter, to jit's static_argnames.
+    forward.__name__ = f"adapted_{getattr(fn, '__name__', 'function')}"
     return forward
 
 

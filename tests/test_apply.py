@@ -256,6 +256,18 @@ def test_arguments_that_are_no_arrays_stay_what_they_are() -> None:
     np.testing.assert_allclose(out["y"], 2 * (X @ jaxpeft.merge(base, adapter)["w"]).mean(), rtol=1e-4)
 
 
+def test_static_argument_names_are_those_of_the_adapted_function() -> None:
+    base, adapter = adapted((IN, OUT), "io")
+
+    def fn(p, x, mode):
+        return x @ p["w"] if mode == "linear" else x
+
+    forward = jax.jit(jaxpeft.adapt(fn), static_argnames="mode")
+    np.testing.assert_allclose(
+        forward(base, adapter, X, mode="linear"), X @ jaxpeft.merge(base, adapter)["w"], atol=1e-4
+    )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rescaled(Update):

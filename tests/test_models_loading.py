@@ -112,6 +112,13 @@ def test_onto_a_mesh(tmp_path, lm, tensors):
     )
 
 
+def test_a_layout_that_does_not_divide(tmp_path, tensors):
+    write(tmp_path, tensors)
+    mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
+    with pytest.raises(ValueError, match="embed/embedding: .*61.*pass rules= with another layout"):
+        models.load(tmp_path, tokenizer=False, mesh=mesh)
+
+
 def test_axes_a_mesh_lacks_stay_whole(tmp_path, tensors):
     write(tmp_path, tensors)
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))

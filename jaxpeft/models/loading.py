@@ -62,7 +62,7 @@ def load(
     Raises:
       FileNotFoundError: the folder, its configuration, weights or tokenizer are missing.
       ValueError: an unsupported architecture, a damaged file, or tensors that are missing, unexpected or of another
-        shape than the configuration says: all are listed at once.
+        shape than the configuration says: all are listed at once; a layout that does not divide a parameter.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -77,7 +77,7 @@ def load(
 
     params: dict[str, Any] = {}
     for path, (name, leaf) in expected.items():
-        sharding = _sharding(path, mesh, DEFAULT_RULES if rules is None else rules)
+        sharding = _sharding(path, leaf.shape, mesh, DEFAULT_RULES if rules is None else rules)
         *parents, last = path.split("/")
         node = params
         for parent in parents:
@@ -190,11 +190,16 @@ def _flatten(tree: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _sharding(path: str, mesh: Mesh | None, rules: Rules) -> jax.sharding.Sharding:
+def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh | None, rules: Rules) -> jax.sharding.Sharding:
     if mesh is None:
         return SingleDeviceSharding(jnp.zeros(()).device)  # the default device, wherever a context sets it
     spec = next((spec for pattern, spec in rules if re.search(pattern, path)), PartitionSpec())
-    return NamedSharding(mesh, PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in spec)))
+    sharding = NamedSharding(mesh, PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in spec)))
+    try:
+        sharding.shard_shape(shape)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; pass rules= with another layout for it") from error
+    return sharding
 
 
 def _read_config(folder: Path) -> Any:
