@@ -115,7 +115,7 @@ def test_onto_a_mesh(tmp_path, lm, tensors):
 def test_a_layout_that_does_not_divide(tmp_path, tensors):
     write(tmp_path, tensors)
     mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
-    with pytest.raises(ValueError, match="embed/embedding: .*61.*pass rules= with another layout"):
+    with pytest.raises(ValueError, match=r"embed/embedding: .*61.*pass rules= with another layout"):
         models.load(tmp_path, tokenizer=False, mesh=mesh)
 
 
