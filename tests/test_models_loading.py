@@ -135,6 +135,15 @@ def test_tokenizer(tmp_path, tensors):
     assert loaded.tokenizer.decode(loaded.tokenizer("a film")["input_ids"]) == "a film"
 
 
+def test_tokens_that_end_a_text(tmp_path, tensors):
+    write(tmp_path, tensors)
+    assert models.load(tmp_path, tokenizer=False).eos_ids == ()
+    write(tmp_path, tensors, eos_token_id=2)
+    assert models.load(tmp_path, tokenizer=False).eos_ids == (2,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert models.load(tmp_path, tokenizer=False).eos_ids == (2, 7)
+
+
 def test_all_that_does_not_fit_is_listed_at_once(tmp_path, tensors):
     bad = dict(tensors)
     del bad["model.layers.1.mlp.up_proj.weight"]

@@ -9,6 +9,8 @@ from jaxpeft import models
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'jaxpeft[parity]'")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.parity
+
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 64,

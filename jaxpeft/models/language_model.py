@@ -68,12 +68,14 @@ class LanguageModel:
       params: nested dict of arrays, for instance ``params["layers"]["self_attn"]["q_proj"]["kernel"]`` (L, in, out).
       tokenizer: a `transformers` tokenizer, or None.
       source: where the parameters come from.
+      eos_ids: tokens that end a text, beside the tokenizer's own.
     """
 
     config: Config
     params: dict[str, Any] = dataclasses.field(repr=False)
     tokenizer: Any = dataclasses.field(default=None, repr=False)
     source: str = ""
+    eos_ids: tuple[int, ...] = ()
 
     def with_config(self, **changes: Any) -> LanguageModel:
         """The same model with other numerics, for instance ``lm.with_config(remat="full")``."""
@@ -178,7 +180,7 @@ class LanguageModel:
           top_k: samples among the k likeliest only.
           top_p: samples among the fewest likeliest tokens whose probabilities sum to at least this.
           key: PRNG key, needed when sampling.
-          eos_ids: tokens that end a row. Default: the tokenizer's end of sequence, none without a tokenizer.
+          eos_ids: tokens that end a row. Default: the model's, and the tokenizer's end of sequence if there is one.
           pad_id: what follows the end of a row. Default: the tokenizer's padding token, else 0.
           padding_side: "right" or "left".
 
@@ -188,7 +190,8 @@ class LanguageModel:
         Raises:
           ValueError: sampling without a key, or an argument out of range.
         """
-        eos = getattr(self.tokenizer, "eos_token_id", None)
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        default = self.eos_ids if own is None else tuple(sorted({*self.eos_ids, own}))
         pad = getattr(self.tokenizer, "pad_token_id", None)
         sampling = generation.Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         return generation.generate(
@@ -198,7 +201,7 @@ class LanguageModel:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             key=key,
-            eos_ids=tuple(eos_ids) if eos_ids is not None else () if eos is None else (eos,),
+            eos_ids=default if eos_ids is None else tuple(eos_ids),
             pad_id=pad_id if pad_id is not None else pad or 0,
             padding_side=padding_side,
         )

@@ -83,7 +83,7 @@ def load(
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = files.array(name, leaf, sharding)
-    return LanguageModel(config, params, text, source=str(folder))
+    return LanguageModel(config, params, text, source=str(folder), eos_ids=_eos_ids(folder))
 
 
 def hf_name(path: str) -> str:
@@ -208,6 +208,16 @@ def _read_config(folder: Path) -> Any:
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder}: no config.json; expected a model saved in the Hugging Face format")
     return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _eos_ids(folder: Path) -> tuple[int, ...]:
+    """The tokens that end a text; chat models may have several, and say so for generation only."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists() and (
+            ids := json.loads((folder / name).read_text()).get("eos_token_id")
+        ) is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
+    return ()
 
 
 def _read_tokenizer(folder: Path) -> Any:

