@@ -17,6 +17,7 @@ from jax import Array
 from jaxpeft.adapter import Adapter, by_path, check_base
 from jaxpeft.interpret import evaluate
 from jaxpeft.sites import flatten, paths_and_leaves
+from jaxpeft.table import table
 from jaxpeft.updates import Dropout
 from jaxpeft.values import Adapted, Use, recording
 
@@ -42,8 +43,7 @@ class Report:
         rows = [("site", "how", "by", "times")]
         for use, times in self.uses:
             rows.append((use.site, "fused" if use.fused else "materialised", use.primitive, str(times)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join(table(rows))
 
 
 class MaterializeWarning(UserWarning):

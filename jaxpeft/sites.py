@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.table import table
+
 Selection = str | Sequence[str] | Callable[[str, Any], bool]
 
 ALL_LINEAR = "all-linear"
@@ -93,9 +95,7 @@ class Sites:
         for g in self:
             shape = "x".join(map(str, g.shape))
             rows.append((g.name, str(g.layers), str(g.in_dim), str(g.out_dim), g.layout, shape))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, f"{sum(g.layers for g in self)} weights, {self.size:,} base parameters"])
+        return "\n".join([*table(rows), f"{sum(g.layers for g in self)} weights, {self.size:,} base parameters"])
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description, read back by `from_dict`."""

@@ -9,6 +9,7 @@ import numpy as np
 from jaxpeft.adapter import Adapter
 from jaxpeft.sites import Group
 from jaxpeft.spec import method_of
+from jaxpeft.table import table
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,16 @@ class Summary:
         return sum(row.stored_bytes for row in self.rows)
 
     def __str__(self) -> str:
-        table = [("group", "layers", "in", "out", "trained", "stored", "share of base", "dead")]
+        lines = [("group", "layers", "in", "out", "trained", "stored", "share of base", "dead")]
         for row in self.rows:
             dead = "" if row.dead is None else f"{row.dead:.1%}"
             group = row.group
             sizes = (str(group.layers), str(group.in_dim), str(group.out_dim))
-            table.append((group.name, *sizes, f"{row.trained:,}", f"{row.stored_bytes:,} B", f"{row.share:.3%}", dead))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
+            lines.append((group.name, *sizes, f"{row.trained:,}", f"{row.stored_bytes:,} B", f"{row.share:.3%}", dead))
         base = sum(row.group.layers * row.group.in_dim * row.group.out_dim for row in self.rows)
         share = self.trained / base
         total = f"{self.trained:,} trained parameters, {share:.3%} of the adapted weights; {self.stored_bytes:,} bytes"
-        return "\n".join([repr(self.spec), *lines, total])
+        return "\n".join([repr(self.spec), *table(lines), total])
 
 
 def summary(adapter: Adapter) -> Summary:

@@ -50,7 +50,7 @@ class Spec(base.Spec):
         >>> spec = prolora.Spec(rank=8, unshared_rank=1, sharing_in=7, sharing_out=7)
         >>> adapter = jaxpeft.init(jax.random.key(0), spec, sites)
         >>> {name: leaf.shape for name, leaf in adapter.params["q_proj/kernel"].items()}
-        {'a_shared': (1, 7, 10), 'a_unshared': (1, 1, 70), 'b_shared': (1, 7, 5), 'b_unshared': (1, 1, 35)}
+        {'a_unshared': (1, 1, 70), 'b_unshared': (1, 1, 35), 'a_shared': (1, 7, 10), 'b_shared': (1, 7, 5)}
     """
 
     rank: int

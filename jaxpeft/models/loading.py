@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from jaxpeft.models.config import Config
 from jaxpeft.models.language_model import LanguageModel, abstract
+from jaxpeft.sites import flatten
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -70,7 +71,7 @@ def load(
     files = _Tensors(folder)
     dtype = dtype or files.dtype()
     config = Config.from_hf(_read_config(folder), dtype=dtype, param_dtype=param_dtype or dtype)
-    expected = {path: (hf_name(path), leaf) for path, leaf in _flatten(abstract(config)).items()}
+    expected = {path: (hf_name(path), leaf) for path, leaf in flatten(abstract(config)).items()}
     files.check(expected, config)
     # Read before the weights: it is what is more often missing.
     text = _read_tokenizer(folder) if tokenizer else None
@@ -183,11 +184,6 @@ def _is_kernel(name: str) -> bool:
 def _file_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
     # torch keeps kernels as (out, in).
     return shape[::-1] if _is_kernel(name) else shape
-
-
-def _flatten(tree: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh | None, rules: Rules) -> jax.sharding.Sharding:
