@@ -1,5 +1,6 @@
 """Whole runs on a tiny model: training, resuming after kills, stopping, evaluating, reporting."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -190,7 +191,11 @@ def test_schedules():
 # --- evaluation ---
 
 
-def test_evaluation_is_the_naive_computation(made):
+@pytest.mark.parametrize("answers", [("rising", "falling"), ("rising", "falling", "ri", "f", "x")])
+def test_evaluation_is_the_naive_computation(made, answers):
+    made = dataclasses.replace(
+        made, config=dataclasses.replace(made.config, evaluate=configuration.Evaluate(batch_size=8, choices=answers))
+    )
     adapter = perturbed(made.adapter)
     merged = jaxpeft.merge(made.base, adapter)
     template, rows = made.template, made.held_out

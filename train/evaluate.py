@@ -36,8 +36,9 @@ class Evaluator:
         self.batch_size = devices.whole_batches(self.config.batch_size)
         forward = jaxpeft.adapt(job.model.token_losses)
 
-        def losses(base: Any, adapter: Adapter, batch: dict[str, jax.Array]) -> jax.Array:
-            return forward(base, adapter, batch["tokens"], batch["targets"])
+        def losses(base: Any, adapter: Adapter, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+            # Mapped over alternative targets only, so the model itself runs once.
+            return jax.vmap(lambda targets: forward(base, adapter, tokens, targets), in_axes=1, out_axes=1)(targets)
 
         self.losses = devices.Compiled(losses, out_shardings=devices.everywhere(job.mesh))
         self.generate = Generator(
@@ -55,20 +56,28 @@ class Evaluator:
 
     def __call__(self, adapter: Adapter) -> dict[str, float]:
         """`eval_loss` (nats per learned token), `perplexity`; where asked `accuracy`, `exact_match` (fractions)."""
-        own = list(self.job.held_out_examples)
-        answers = self.config.choices
-        options = [self.job.template.encode(option) for row in self.job.held_out for option in choices(row, answers)]
-        found = self.score(adapter, own + options)
-        results = _loss(found[: len(own)])
+        lines = [(own,) for own in self.job.held_out_examples]
+        places = []  # of each option of each row: its line, and its number in it
+        for i, row in enumerate(self.job.held_out):
+            for option in choices(row, self.config.choices):
+                encoded = self.job.template.encode(option)
+                # Without the end-of-turn token, which every answer ends with.
+                encoded = Example(encoded.tokens[:-1], encoded.learned[:-1])
+                if np.array_equal(encoded.tokens[:-1], lines[i][0].tokens[: len(encoded) - 1]):
+                    lines[i] += (encoded,)
+                    places.append((i, len(lines[i]) - 1))
+                else:
+                    lines.append((encoded,))
+                    places.append((len(lines) - 1, 0))
+        found = self.score(adapter, lines)
+        results = _loss([line[0] for line in found[: len(self.job.held_out)]])
+        answers, held_out = self.config.choices, self.job.held_out
         if answers:
-            # Without the end-of-turn token, which every answer ends with.
-            totals = np.array([losses[:-1].sum() for losses in found[len(own) :]]).reshape(len(own), len(answers))
+            totals = np.array([found[line][number].sum() for line, number in places]).reshape(-1, len(answers))
             chosen = [answers[i] for i in totals.argmin(1)]
-            results["accuracy"] = float(
-                np.mean([row.answer == c for row, c in zip(self.job.held_out, chosen, strict=True)])
-            )
+            results["accuracy"] = float(np.mean([row.answer == c for row, c in zip(held_out, chosen, strict=True)]))
         if self.config.exact_match:
-            held_out = self.job.held_out[: self.config.exact_match_rows]
+            held_out = held_out[: self.config.exact_match_rows]
             texts = self.generate(adapter, [self.job.template.prompt(row.prompt) for row in held_out])
             same = {"whole": whole_match, "number": number_match}[self.config.exact_match]
             results["exact_match"] = float(
@@ -78,23 +87,33 @@ class Evaluator:
 
     def loss(self, adapter: Adapter, rows: int | None = None) -> float:
         """Mean loss per learned token, in nats, of the first `rows` held-out rows."""
-        return _loss(self.score(adapter, self.job.held_out_examples[:rows]))["eval_loss"]
+        found = self.score(adapter, [(own,) for own in self.job.held_out_examples[:rows]])
+        return _loss([line[0] for line in found])["eval_loss"]
 
-    def score(self, adapter: Adapter, examples: Sequence[Example]) -> list[np.ndarray]:
-        """The losses of each example's learned tokens, in nats. Equal examples are computed once."""
-        distinct = {example.tokens.tobytes(): example for example in examples}
-        place = {tokens: i for i, tokens in enumerate(distinct)}
-        found = self._score(adapter, list(distinct.values()))
-        return [found[place[example.tokens.tobytes()]] for example in examples]
+    def score(self, adapter: Adapter, lines: Sequence[tuple[Example, ...]]) -> list[list[np.ndarray]]:
+        """The losses of each example's learned tokens, in nats.
 
-    def _score(self, adapter: Adapter, examples: Sequence[Example]) -> list[np.ndarray]:
-        found: list[Any] = [None] * len(examples)
-        for batch in data.fixed_batches(data.input_lengths(examples), self.batch_size, self.job.config.data.buckets):
-            arrays = devices.shard(data.collate(batch, examples), self.job.mesh)
-            losses = np.asarray(self.losses(self.job.base, adapter, arrays))
-            for row, line in zip(batch.sequences, losses, strict=True):
-                for i in row:
-                    found[i] = line[: len(examples[i]) - 1][examples[i].learned[1:]]
+        Args:
+          adapter: what is measured.
+          lines: examples that one pass serves: the inputs of the further ones begin those of the first, so that only
+            the targets differ. For answers of one token that is a single pass for all choices.
+        """
+        found: list[Any] = [None] * len(lines)
+        width = max(len(line) for line in lines)
+        lengths = data.input_lengths([line[0] for line in lines])
+        for batch in data.fixed_batches(lengths, self.batch_size, self.job.config.data.buckets):
+            tokens = np.zeros((self.batch_size, batch.length), np.int32)
+            targets = np.zeros((self.batch_size, width, batch.length), np.int32)
+            rows = [row for sequence in batch.sequences for row in sequence]
+            for i, row in enumerate(rows):
+                tokens[i, : lengths[row]] = lines[row][0].tokens[:-1]
+                for k, example in enumerate(lines[row]):
+                    targets[i, k, : len(example) - 1] = example.tokens[1:]
+            # Every process holds all rows, and gets all losses.
+            inputs = jax.device_put((tokens, targets), devices.by_rows(self.job.mesh))
+            losses = np.asarray(self.losses(self.job.base, adapter, *inputs))
+            for i, row in enumerate(rows):
+                found[row] = [losses[i, k, : len(e) - 1][e.learned[1:]] for k, e in enumerate(lines[row])]
         return found
 
 
