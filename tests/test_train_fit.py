@@ -133,6 +133,8 @@ def test_mistakes_are_printed_without_a_traceback(model, tmp_path, capsys):
     assert "method: " in capsys.readouterr().err
     assert main(["fit", str(path), "data.source=missing.jsonl"]) == 1
     assert "missing.jsonl: cannot be read" in capsys.readouterr().err
+    assert main(["fit", str(path), "model.name=smollm"]) == 2
+    assert "model.name: 'smollm' is no existing folder" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 1
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path), "a=b"])

@@ -68,7 +68,10 @@ def subject(config: Config, weights: bool = True) -> Subject:
     """Loads the model and makes the adapter; without `weights`, both are shapes only."""
     mesh = devices.data_mesh()
     load = models.pretrained if weights else skeleton
-    model = load(config.model.name, dtype=config.model.dtype, mesh=mesh)
+    try:
+        model = load(config.model.name, dtype=config.model.dtype, mesh=mesh)
+    except ValueError as error:  # no such model, or files that are not one
+        raise ConfigError([f"model.name: {error}"]) from None
     # Made on the mesh, because a random key cannot be moved to other processes.
     keys = jax.jit(
         lambda: tuple(jax.random.split(jax.random.key(config.train.seed))), out_shardings=devices.everywhere(mesh)
