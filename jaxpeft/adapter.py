@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpeft.layout import from_matrix, to_matrix
 from jaxpeft.sites import Group, Sites, flatten, nearest_paths
 from jaxpeft.spec import Spec, method_of
 from jaxpeft.updates import Update
@@ -98,14 +99,13 @@ def delta(adapter: Adapter, base: Any = None) -> dict[str, Array]:
     deltas = {}
     for path, (group, update) in by_path(adapter).items():
         if weights:
-            weight = to_matrix(weights[path], group).astype(jnp.float32)
+            weight = to_matrix(weights[path], group.layout).astype(jnp.float32)
         elif update.additive:
             weight = jnp.zeros((*group.sizes("l"), group.in_dim, group.out_dim))
         else:
             raise ValueError(f"the update of {path} depends on the weight it changes; pass base=")
-        deltas[path] = from_matrix(
-            over_stack(type(update).materialize, len(group.sizes("l")))(update, weight) - weight, group
-        )
+        changed = over_stack(type(update).materialize, len(group.sizes("l")))(update, weight)
+        deltas[path] = from_matrix(changed - weight, group.layout, group.shape)
     return deltas
 
 
@@ -131,19 +131,6 @@ def _over_all_entries(leaf: Array, group: Group) -> Array:
         return leaf
     size = group.sizes("l")[0]
     return jnp.zeros((size, *leaf.shape[1:]), leaf.dtype).at[jnp.asarray(group.entries)].set(leaf)
-
-
-def to_matrix(weight: Array, group: Group) -> Array:
-    """An array in its own layout as (*stack, in, out)."""
-    order = sorted(range(len(group.layout)), key=lambda axis: "lio".index(group.layout[axis]))
-    return jnp.transpose(weight, order).reshape(*group.sizes("l"), group.in_dim, group.out_dim)
-
-
-def from_matrix(matrix: Array, group: Group) -> Array:
-    """The inverse of `to_matrix`."""
-    order = sorted(range(len(group.layout)), key=lambda axis: "lio".index(group.layout[axis]))
-    apart = matrix.reshape(*group.sizes("l"), *group.sizes("i"), *group.sizes("o"))
-    return jnp.transpose(apart, [order.index(axis) for axis in range(len(order))])
 
 
 def check_base(sites: Sites, leaves: Mapping[str, Any]) -> None:

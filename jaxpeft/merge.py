@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpeft.adapter import Adapter, by_path, check_base, from_matrix, to_matrix
+from jaxpeft.adapter import Adapter, by_path, check_base
+from jaxpeft.layout import from_matrix, to_matrix
 from jaxpeft.sites import Group, flatten, paths_and_leaves
 from jaxpeft.updates import Update
 from jaxpeft.values import materialize, over_stack
@@ -84,9 +85,9 @@ def _merge(base: Any, adapter: Adapter | Sequence[Adapter]) -> tuple[Any, dict[s
 
 @partial(jax.jit, static_argnums=0)
 def _merge_one(group: Group, weight: Array, updates: tuple[Update, ...]) -> tuple[Array, tuple[Array, Array]]:
-    frozen = to_matrix(weight, group).astype(jnp.float32)
+    frozen = to_matrix(weight, group.layout).astype(jnp.float32)
     exact = over_stack(materialize, len(group.sizes("l")))(updates, frozen)
     merged = exact.astype(weight.dtype)
     error, change = merged.astype(jnp.float32) - exact, jnp.linalg.norm(exact - frozen)
     lost = jnp.linalg.norm(error) / jnp.where(change > 0, change, jnp.inf)
-    return from_matrix(merged, group), (jnp.abs(error).max(), lost)
+    return from_matrix(merged, group.layout, group.shape), (jnp.abs(error).max(), lost)

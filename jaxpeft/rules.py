@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import primitives
 
+from jaxpeft.layout import to_matrix
 from jaxpeft.updates import Base, Update
 from jaxpeft.values import Adapted, record
 
@@ -53,7 +54,7 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
         return jax.linear_transpose(forward, like)(rows.astype(out.dtype))[0]
 
     additive = all(update.additive for update in value.updates)
-    matrix = None if additive else value.matrix()
+    matrix = None if additive else to_matrix(value.weight, value.layout)
     mapped: Callable = product
     for axis in reversed(stack):
         mapped = jax.vmap(mapped, in_axes=(0, None if additive else 0, 0 if axis in batched else None))

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.layout import sizes
 from jaxpeft.table import table
 
 Selection = str | Sequence[str] | Callable[[str, Any], bool]
@@ -43,7 +44,7 @@ class Group:
 
     def sizes(self, letter: str) -> tuple[int, ...]:
         """Sizes of the axes that carry `letter`, in the array's order."""
-        return tuple(n for n, at in zip(self.shape, self.layout, strict=True) if at == letter)
+        return sizes(self.shape, self.layout, letter)
 
     @property
     def in_dim(self) -> int:

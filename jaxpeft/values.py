@@ -1,7 +1,6 @@
 """An adapted weight as an array value: the weight and its updates, standing for W + ΔW; and the notes of its uses."""
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpeft.layout import axes, from_matrix, sizes, to_matrix
 from jaxpeft.updates import Update
 
 
@@ -46,24 +46,17 @@ class Adapted:
 
     def axes(self, letter: str) -> list[int]:
         """Axes of `weight` that carry a letter."""
-        return [axis for axis, at in enumerate(self.layout) if at == letter]
+        return axes(self.layout, letter)
 
     def dims(self, letter: str) -> tuple[int, ...]:
         """Sizes of the axes of `weight` that carry a letter."""
-        return tuple(self.weight.shape[axis] for axis in self.axes(letter))
-
-    def matrix(self) -> Array:
-        """W as (*stack, in, out)."""
-        inner = [*self.axes("l"), *self.axes("i"), *self.axes("o")]
-        dims = (math.prod(self.dims("i")), math.prod(self.dims("o")))
-        return jnp.transpose(self.weight, inner).reshape(*self.dims("l"), *dims)
+        return sizes(self.weight.shape, self.layout, letter)
 
     def materialize(self) -> Array:
         """W' formed in float32 and cast once to the dtype of W."""
-        total = over_stack(materialize, len(self.dims("l")))(self.updates, self.matrix().astype(jnp.float32))
-        apart = total.astype(self.weight.dtype).reshape(*self.dims("l"), *self.dims("i"), *self.dims("o"))
-        inner = [*self.axes("l"), *self.axes("i"), *self.axes("o")]
-        return jnp.transpose(apart, [inner.index(axis) for axis in self.order])
+        frozen = to_matrix(self.weight, self.layout).astype(jnp.float32)
+        formed = over_stack(materialize, len(self.axes("l")))(self.updates, frozen).astype(self.weight.dtype)
+        return jnp.transpose(from_matrix(formed, self.layout, self.weight.shape), self.order)
 
 
 def materialize(updates: tuple[Update, ...], weight: Array) -> Array:

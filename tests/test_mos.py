@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxpeft
-from jaxpeft import pools
+from jaxpeft import models, pools
 from jaxpeft.methods import lora, mos, prolora
 
 
@@ -61,6 +61,19 @@ SMOLLM2 = decoder(30, 576, 1536, 192)
 def test_published_counts_without_memory(sites, spec, published) -> None:
     adapter = jax.eval_shape(lambda: jaxpeft.init(jax.random.key(0), spec, sites))
     assert jaxpeft.count(adapter) == published
+
+
+def test_all_linear_of_a_shipped_decoder_is_the_papers_seven() -> None:
+    """LLaMA2-7B from its configuration alone: nothing is declared, and nothing is held in memory."""
+    config = models.Config(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+    sites = jaxpeft.find(models.abstract(config), "all-linear")
+    assert sites.size == 6_476_005_376
+    spec = mos.Spec(rank=8, equivalent_rank=2, shards_per_vector=4)
+    adapter = jax.eval_shape(lambda: jaxpeft.init(jax.random.key(0), spec, sites))
+    assert jaxpeft.count(adapter) == 4_997_120
+    assert "4,997,120 trained parameters" in str(jaxpeft.summary(adapter))
 
 
 def adapter_of(spec: mos.Spec, layers: int = 6, seed: int = 0) -> jaxpeft.Adapter:
