@@ -1,4 +1,4 @@
-"""The command line: fit, evaluate, generate, report."""
+"""The command line: fit, evaluate, generate, report, bench."""
 
 import argparse
 import logging
@@ -117,6 +117,19 @@ def _report(options: argparse.Namespace, console: Console) -> None:
     console.print(f"report  {page}", highlight=False)
 
 
+def _bench(options: argparse.Namespace, console: Console) -> None:
+    import json
+
+    from train import bench, config, report, run
+
+    parsed = config.load(options.config, options.overrides)
+    rows = bench.steps(parsed, console, rounds=options.rounds, names=options.only or ())
+    console.print(bench.table(rows), markup=False, highlight=False)
+    if options.json:
+        found = {"rows": [row.to_dict() for row in rows], "versions": report.versions()}
+        run.write(Path(options.json), json.dumps(found, indent=2) + "\n")
+
+
 def _run_or_config(path: str, overrides: Sequence[str]):
     """The configuration, and the run folder if `path` is one."""
     from train import config
@@ -176,6 +189,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+    bench = command("bench", _bench, "Time training steps side by side.", "step configs/quickstart.yaml --rounds 7")
+    bench.add_argument("what", choices=["step"], help="step: one training step of each adapter, and of none")
+    bench.add_argument("config", help="a YAML file: model, sites, data and optimizer")
+    bench.add_argument("overrides", **overrides)
+    bench.add_argument("--rounds", type=int, default=7, help="timed steps of each, in turn (default 7)")
+    bench.add_argument("--only", action="append", metavar="NAME", help="one of the adapters; may be repeated")
+    bench.add_argument("--json", metavar="FILE", help="also write the figures here")
     report = command("report", _report, "Write report.md and loss.png of a finished run again.", "runs/quickstart")
     report.add_argument("run", metavar="RUN", help="a run folder")
     return parser
