@@ -97,6 +97,32 @@ def test_missing_file_column_and_package(tmp_path, monkeypatch):
         rows.load(Data(source="hub:a/b"))
 
 
+def test_parquet(tmp_path):
+    import pyarrow.parquet
+
+    records = [{"question": "2+2?", "answer": "4"}, {"question": "3+3?", "answer": "6"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    assert rows.read(tmp_path / "a.parquet") == [conversation("2+2?", "4"), conversation("3+3?", "6")]
+    whole = (tmp_path / "a.parquet").read_bytes()
+    with pytest.raises(DataError, match=r"b.parquet: not valid Parquet .* the file may be truncated"):
+        rows.read(write(tmp_path / "b.parquet", whole[:-20]))
+
+
+def test_a_data_set_of_the_hubs_library(tmp_path, monkeypatch):
+    """A local folder stands in for a name on the hub: the library loads both the same way."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split, count in (("train", 5), ("test", 2)):
+        lines = [json.dumps({"instruction": f"{split} {i}", "output": str(i)}) for i in range(count)]
+        write(folder / f"{split}.jsonl", "\n".join(lines))
+    train, held_out = rows.load(Data(source=f"hub:{folder}", held_out="test", held_out_rows=2))
+    assert train == [conversation(f"train {i}", str(i)) for i in range(5)]
+    assert held_out == [conversation(f"test {i}", str(i)) for i in range(2)]
+    with pytest.raises(DataError, match=r"split 'validation' could not be loaded.*validation"):
+        rows.load(Data(source=f"hub:{folder}", held_out="validation"))
+
+
 def test_rows_are_set_aside_or_read_from_their_own_file(tmp_path):
     lines = [json.dumps({"prompt": str(i), "response": "r"}) for i in range(20)]
     path = str(write(tmp_path / "a.jsonl", "\n".join(lines)))
