@@ -59,7 +59,8 @@ class Summary:
         base = sum(row.group.layers * row.group.in_dim * row.group.out_dim for row in self.rows)
         share = self.trained / base
         total = f"{self.trained:,} trained parameters, {share:.3%} of the adapted weights; {self.stored_bytes:,} bytes"
-        return "\n".join([repr(self.spec), *table(lines), total])
+        name = type(self.spec).__module__.rpartition(".")[2]
+        return "\n".join([f"{name}.{self.spec!r}", *table(lines), total])
 
 
 def summary(adapter: Adapter) -> Summary:
@@ -73,7 +74,7 @@ def summary(adapter: Adapter) -> Summary:
         >>> from jaxpeft.methods import lora
         >>> sites = jaxpeft.find({"up": {"kernel": jnp.zeros((64, 32))}})
         >>> print(jaxpeft.summary(jaxpeft.init(jax.random.key(0), lora.Spec(rank=2), sites)))
-        Spec(alpha=16.0, dropout=0.0, rank=2)
+        lora.Spec(alpha=16.0, dropout=0.0, rank=2)
         group      layers  in  out  trained  stored  share of base  dead
         up/kernel  1       64  32   192      772 B   9.375%
         192 trained parameters, 9.375% of the adapted weights; 772 bytes

@@ -135,6 +135,16 @@ def test_tokenizer(tmp_path, tensors):
     assert loaded.tokenizer.decode(loaded.tokenizer("a film")["input_ids"]) == "a film"
 
 
+def test_shapes_without_weights(tmp_path, lm, tensors):
+    write(tmp_path, tensors)
+    (tmp_path / "model.safetensors").unlink()
+    shapes = models.load(tmp_path, dtype="bfloat16", tokenizer=False, weights=False).params
+    assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(lambda leaf: leaf.shape, lm.params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("bfloat16")}
+    with pytest.raises(FileNotFoundError, match="weights missing"):
+        models.load(tmp_path, tokenizer=False, weights=False)
+
+
 def test_tokens_that_end_a_text(tmp_path, tensors):
     write(tmp_path, tensors)
     assert models.load(tmp_path, tokenizer=False).eos_ids == ()

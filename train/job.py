@@ -1,6 +1,5 @@
 """What a configuration stands for: the model, the adapter and the data, ready to be trained or measured."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,9 +66,8 @@ class Job(Subject):
 def subject(config: Config, weights: bool = True) -> Subject:
     """Loads the model and makes the adapter; without `weights`, both are shapes only."""
     mesh = devices.data_mesh()
-    load = models.pretrained if weights else skeleton
     try:
-        model = load(config.model.name, dtype=config.model.dtype, mesh=mesh)
+        model = models.pretrained(config.model.name, dtype=config.model.dtype, mesh=mesh, weights=weights)
     except ValueError as error:  # no such model, or files that are not one
         raise ConfigError([f"model.name: {error}"]) from None
     # Made on the mesh, because a random key cannot be moved to other processes.
@@ -94,19 +92,6 @@ def subject(config: Config, weights: bool = True) -> Subject:
         key=dropout_key,
         template=Template(model.tokenizer, config.data.template),
     )
-
-
-def skeleton(name: str, *, dtype: str, mesh: Mesh) -> models.LanguageModel:
-    """The model that `models.pretrained` returns, with shapes in place of its parameters."""
-    if name in models.PACKAGED:
-        # Its configuration and tokenizer are inside the one file that holds the weights.
-        model = models.pretrained(name, dtype=dtype)
-        return dataclasses.replace(model, params=devices.shapes(model.params, mesh))
-    import transformers
-
-    shape = models.Config.from_hf(transformers.AutoConfig.from_pretrained(name), dtype=dtype, param_dtype=dtype)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    return models.LanguageModel(shape, devices.shapes(models.abstract(shape), mesh), tokenizer, name)
 
 
 def sites(config: Config, params: Any) -> jaxpeft.Sites:

@@ -45,6 +45,7 @@ def load(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
     tokenizer: bool = True,
+    weights: bool = True,
 ) -> LanguageModel:
     """Loads a model saved in the Hugging Face format: ``config.json``, safetensors files, the tokenizer's files.
 
@@ -59,6 +60,8 @@ def load(
       rules: (regular expression, `PartitionSpec`) pairs tried in order on the "/"-joined path. Default: for axes named
         "fsdp" and "tensor", `DEFAULT_RULES`.
       tokenizer: False leaves the tokenizer out.
+      weights: False gives `jax.ShapeDtypeStruct` in place of the parameters, and reads no weights; needs `dtype`, if
+        there are no weights' files to tell it.
 
     Raises:
       FileNotFoundError: the folder, its configuration, weights or tokenizer are missing.
@@ -68,11 +71,16 @@ def load(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    files = _Tensors(folder)
-    dtype = dtype or files.dtype()
+    if dtype is None:
+        dtype = _Tensors(folder).dtype()
     config = Config.from_hf(_read_config(folder), dtype=dtype, param_dtype=param_dtype or dtype)
     expected = {path: (hf_name(path), leaf) for path, leaf in flatten(abstract(config)).items()}
-    files.check(expected, config)
+    if weights:
+        files = _Tensors(folder)
+        files.check(expected, config)
+        read = files.array
+    else:
+        read = _shape
     # Read before the weights: it is what is more often missing.
     text = _read_tokenizer(folder) if tokenizer else None
 
@@ -83,7 +91,7 @@ def load(
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = files.array(name, leaf, sharding)
+        node[last] = read(name, leaf, sharding)
     return LanguageModel(config, params, text, source=str(folder), eos_ids=_eos_ids(folder))
 
 
@@ -175,6 +183,11 @@ class _Tensors:
             return out
 
         return jax.make_array_from_callback(leaf.shape, sharding, shard)
+
+
+def _shape(name: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    del name
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _is_kernel(name: str) -> bool:

