@@ -54,8 +54,9 @@ def write(folder: Path) -> Path:
     """
     if not (folder / "summary.json").exists():
         raise run.RunError(f"{folder}: no summary.json; the run is not finished, start it again to go on")
-    run.write(folder / "loss.png", _plot(metrics.read(folder / "metrics.jsonl")))
-    run.write(folder / "report.md", _markdown(run.json_of(folder / "summary.json")))
+    summary = run.json_of(folder / "summary.json")
+    run.write(folder / "loss.png", _plot(metrics.read(folder / "metrics.jsonl"), summary))
+    run.write(folder / "report.md", _markdown(summary))
     return folder / "report.md"
 
 
@@ -96,7 +97,7 @@ def _markdown(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _plot(records: list[dict[str, float]]) -> bytes:
+def _plot(records: list[dict[str, float]], summary: dict[str, Any]) -> bytes:
     # A Figure of its own: pyplot would choose a window system and keep the figure in a global table.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -107,7 +108,11 @@ def _plot(records: list[dict[str, float]]) -> bytes:
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], label="training", linewidth=1)
     held_out = [record for record in records if "held_out_loss" in record]
     if held_out:
-        axes.plot([r["step"] for r in held_out], [r["held_out_loss"] for r in held_out], "o-", label="held out")
+        rows = summary["config"]["train"]["evaluate_rows"]
+        label = f"first {rows} held-out rows"
+        axes.plot([r["step"] for r in held_out], [r["held_out_loss"] for r in held_out], ".-", label=label)
+    ends = [summary["eval_loss_before"], summary["eval_loss_after"]]
+    axes.plot([0, records[-1]["step"]], ends, "o", label="all held-out rows")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
