@@ -35,6 +35,8 @@ SPECS = {
         rank=None, equivalent_rank=2, private_rank=0, shards_per_vector=1, scaling="trained"
     ),
     "prolora": prolora.Spec(**ROTATION),
+    "prolora unexpanded": prolora.Spec(**ROTATION, expand=False),
+    "prolora unexpanded, unequal": prolora.Spec(rank=6, unshared_rank=0, sharing_in=5, sharing_out=2, expand=False),
     "prolora unequal": prolora.Spec(rank=6, unshared_rank=1, sharing_in=5, sharing_out=2),
     "prolora all unshared": prolora.Spec(rank=3, unshared_rank=3, sharing_in=2, sharing_out=2),
     "prolora clora": prolora.Spec(**{**ROTATION, "unshared_rank": 0}, rotate=False),

@@ -47,7 +47,9 @@ def test_blocks_depend_on_the_difference_of_rotations_alone() -> None:
 @pytest.mark.parametrize("sharing", [(3, 9), (1, 1), (23, 17), (4, 5)])
 @pytest.mark.parametrize("rotate", [True, False])
 def test_product_without_expansion(sharing, rotate) -> None:
-    spec = prolora.Spec(rank=8, unshared_rank=2, sharing_in=sharing[0], sharing_out=sharing[1], rotate=rotate)
+    spec = prolora.Spec(
+        rank=8, unshared_rank=2, sharing_in=sharing[0], sharing_out=sharing[1], rotate=rotate, expand=False
+    )
     _, adapter = adapter_of(spec)
     update = jax.tree.map(lambda leaf: leaf[0], adapter.updates()["up/kernel"])
     x = jax.random.normal(jax.random.key(3), (2, 5, 23))

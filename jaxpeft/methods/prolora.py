@@ -29,9 +29,12 @@ class Spec(base.Spec):
     ("rectified"), b = 0, so ΔW = 0. Parameters: L · (u(in+out) + R(⌈in/m⌉+⌈out/n⌉)) a group. Source: arXiv 2402.16902
     §3, Eq. 2-5, and its authors' code; the paper uses alpha 16, dropout 0.1.
 
-    The product is computed without the (r, in) copy: every chunk of x meets the one shared chunk, and the results, R
-    wide, are rotated and added. The paper's ablations are settings: CLoRA `unshared_rank=0, rotate=False`; RoLoRA
-    `unshared_rank=0`; -r `rotate=False`; -i `rectified_init=False`; its siblings by `share_along` and `rotate_along`.
+    The copies are expanded once a step, outside the layers. `expand=False` never makes them: every chunk of x meets the
+    one shared chunk, and the results, R wide, are rotated and added. That holds no (r, in) copy, but as many
+    activations as there are chunks, and is slower on a CPU (docs/decisions/0005-prolora-copies.md).
+
+    The paper's ablations are settings: CLoRA `unshared_rank=0, rotate=False`; RoLoRA `unshared_rank=0`; -r
+    `rotate=False`; -i `rectified_init=False`; its siblings by `share_along` and `rotate_along`.
 
     Attributes:
         rank: r.
@@ -42,6 +45,7 @@ class Spec(base.Spec):
         rectified_init: whether a's start has the bound of the full in, instead of its own width's.
         share_along: the axis along which copies lie. Along "rank" the parts are (L, ⌈R/m⌉, in) and (L, ⌈R/n⌉, out).
         rotate_along: the axis along which copy i is rotated, by i · max(⌊size/copies⌋, 1).
+        expand: whether the copies are made, or the product is computed without them.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxpeft
@@ -61,6 +65,7 @@ class Spec(base.Spec):
     rectified_init: bool = True
     share_along: Axis = "hidden"
     rotate_along: Axis = "rank"
+    expand: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,7 +135,7 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> tuple[dic
 
 
 def updates(params: Mapping, constants: Mapping, spec: Spec, sites: Sites) -> dict[str, Update]:
-    """One update a group, stacked over its layers: rotated copies left unexpanded wherever the product allows."""
+    """One update a group, stacked over its layers."""
     made: dict[str, Update] = {}
     for g in sites:
         trained, scale, parts = params[g.name], constants[g.name]["scale"], []
@@ -138,7 +143,8 @@ def updates(params: Mapping, constants: Mapping, spec: Spec, sites: Sites) -> di
             parts.append(LowRank(trained["a_unshared"], trained["b_unshared"], scale))
         if spec.shared_rank:
             parts.append(Rotated(trained["a_shared"], trained["b_shared"], scale, spec, (g.in_dim, g.out_dim)))
-        made[g.name] = parts[0] if len(parts) == 1 else PartiallyRotated(*parts)
+        whole = parts[0] if len(parts) == 1 else PartiallyRotated(*parts)
+        made[g.name] = whole.factors() if spec.expand else whole
     return made
 
 
