@@ -1,5 +1,6 @@
 """Where an adapter acts: the weights of a parameter tree that it adapts, grouped by module type over the layers."""
 
+import dataclasses
 import difflib
 import math
 import re
@@ -100,34 +101,17 @@ class Sites:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description, read back by `from_dict`."""
-        return {
-            "groups": [
-                {
-                    "name": g.name,
-                    "paths": list(g.paths),
-                    "shape": list(g.shape),
-                    "layout": g.layout,
-                    "entries": None if g.entries is None else list(g.entries),
-                }
-                for g in self
-            ]
-        }
+        return {"groups": [dataclasses.asdict(group) for group in self]}
 
     @classmethod
     def from_dict(cls, description: Mapping[str, Any]) -> "Sites":
         """The sites that `to_dict` described."""
-        return cls(
-            tuple(
-                Group(
-                    name=g["name"],
-                    paths=tuple(g["paths"]),
-                    shape=tuple(g["shape"]),
-                    layout=g["layout"],
-                    entries=None if g["entries"] is None else tuple(g["entries"]),
-                )
-                for g in description["groups"]
-            )
-        )
+
+        def group(fields: Mapping[str, Any]) -> Group:
+            tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            return Group(**tuples)
+
+        return cls(tuple(group(fields) for fields in description["groups"]))
 
 
 def find(
