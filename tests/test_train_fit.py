@@ -21,6 +21,7 @@ import tiny
 
 import jaxpeft
 from jaxpeft.checkpoint import Checkpoints
+from jaxpeft.models import loading
 from train import config as configuration
 from train import data, evaluate, job, loop, metrics, optim, report, run
 from train.__main__ import main
@@ -110,7 +111,7 @@ def test_evaluate_generate_and_report_read_the_run(finished, capsys):
 
 
 def test_a_dry_run_loads_and_writes_nothing(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(job.models, "pretrained", None)
+    monkeypatch.setattr(loading._Tensors, "array", None)
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG.replace("MODEL", str(model)).replace("FOLDER", str(tmp_path / "run")))
     assert main(["fit", str(path), "--dry-run", "train.steps=9"]) == 0
