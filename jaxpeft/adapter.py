@@ -14,6 +14,7 @@ from jaxpeft.sites import Group, Sites, flatten, nearest_paths
 from jaxpeft.spec import Spec, method_of
 from jaxpeft.updates import Update
 from jaxpeft.values import over_stack
+from jaxpeft.weights import Weights
 
 
 @jax.tree_util.register_dataclass
@@ -22,8 +23,9 @@ class Adapter:
     """What `init` makes and everything else takes; a pytree.
 
     Attributes:
-        params: {group: {name: array}}, trained. Differentiate with respect to these alone.
-        constants: {group: {name: array}}, frozen: index tables, and every group's ``scale`` (L,).
+        params: {group: {name: array}}, trained. Differentiate with respect to these alone. What belongs to all groups
+            together is under ``shared``.
+        constants: the same, frozen: index tables, and every group's ``scale`` (L,).
         spec: the method's hyper-parameters.
         sites: the adapted weights.
     """
@@ -42,7 +44,8 @@ class Adapter:
         spec = dataclasses.replace(self.spec, alpha=alpha)
         factor = {group.name: spec.scale(group) / self.spec.scale(group) for group in self.sites}
         constants = {
-            name: {**frozen, "scale": frozen["scale"] * factor[name]} for name, frozen in self.constants.items()
+            name: {**frozen, "scale": frozen["scale"] * factor[name]} if name in factor else frozen
+            for name, frozen in self.constants.items()
         }
         return self.replace(spec=spec, constants=constants)
 
@@ -58,7 +61,7 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> Adapter:
         key: `jax.random.key`; every group draws from its own.
         spec: the method's hyper-parameters, e.g. `jaxpeft.methods.mos.Spec(…)`.
         sites: the weights to adapt, from `find`.
-        weights: the base parameters, for methods whose start reads them; the others ignore them.
+        weights: the base parameters, for methods and switches whose start reads them; the others ignore them.
 
     Returns:
         The adapter: float32 trained arrays, frozen arrays, and ΔW = 0 unless the method says otherwise.
@@ -74,7 +77,14 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> Adapter:
         >>> jaxpeft.count(adapter)
         384
     """
-    params, constants = method_of(spec).init(key, spec, sites, weights)
+    method = method_of(spec)
+    for group in sites:
+        if "i" not in group.layout and not method.CARD.vectors:
+            name = method.__name__.rpartition(".")[2]
+            raise ValueError(f"{group.name} is a vector, which {name} cannot adapt; exclude it, or train it as it is")
+    if weights is not None:
+        check_base(sites, flatten(weights))
+    params, constants = method.init(key, spec, sites, None if weights is None else Weights(weights, sites))
     for group in sites:
         constants[group.name]["scale"] = jnp.full(group.layers, spec.scale(group), jnp.float32)
     return Adapter(params, constants, spec, sites)

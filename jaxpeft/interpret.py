@@ -38,7 +38,7 @@ def interpret(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Any], needed: Sequence[bo
         value = read(atom)
         if not isinstance(value, Adapted):
             return value
-        record(value, primitive, fused=False)
+        record(value, primitive, fused=value.formed)
         if atom not in formed:  # Consumers of one weight share one W'.
             formed[atom] = value.materialize()
         return formed[atom]
@@ -78,7 +78,7 @@ def _live_equations(jaxpr: jex.Jaxpr, needed: Sequence[bool]) -> list[tuple[jex.
 def _form(value: Any, primitive: str) -> Any:
     if not isinstance(value, Adapted):
         return value
-    record(value, primitive, fused=False)
+    record(value, primitive, fused=value.formed)
     return value.materialize()
 
 

@@ -33,6 +33,9 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     backwards = sorted(contracted) == value.axes("o")
     if not (backwards or sorted(contracted) == value.axes("i")) or not set(batched) <= set(stack):
         return NotImplemented
+    # One product with W + ΔW is cheaper than two, but only float32 holds their sum without drowning ΔW.
+    if value.formed and value.weight.dtype == jnp.float32:
+        return NotImplemented
     record(value, "dot_general", fused=True)
 
     # x as (*batched stack, *free, features) in the order of the weight's own axes.

@@ -27,7 +27,8 @@ class Group:
 
     A layout is a string with one letter for every axis of the array: ``i`` an input axis, ``o`` an output axis, ``l``
     an axis that stacks layers or experts. A Dense kernel is ``io``, GPT-2's ``oi``, an attention query kernel
-    (embed, heads, head_dim) ``ioo``, a scanned Dense kernel ``lio``.
+    (embed, heads, head_dim) ``ioo``, a scanned Dense kernel ``lio``. A vector (a bias, a norm's scale) is ``o``, a
+    weight of one input.
 
     Attributes:
         name: path of the weight with the layer's number as ``*``; the key of the group in an adapter's trees.
@@ -285,7 +286,7 @@ def _declared_layouts(leaves: Mapping[str, Any], layouts: Mapping[str, str]) -> 
     """Path → declared layout, each checked against the array it is declared for."""
     declared: dict[str, str] = {}
     for pattern, layout in layouts.items():
-        if set(layout) - set("ilo") or "i" not in layout or "o" not in layout:
+        if set(layout) - set("ilo") or "o" not in layout:
             raise ValueError(
                 f"layout {layout!r} of {pattern!r}: expected letters i (in), o (out), l (stack), as in 'lio'"
             )
@@ -317,8 +318,10 @@ def _built_in_layout(path: str, shape: tuple[int, ...], stacked: "_StackedTrees"
             return lead + "ioo"
         if axes == 3 and module == "out":
             return lead + "iio"
-    if axes < 2:
-        raise ValueError(f"{path} has shape {tuple(shape)}: a vector is no site; select the weight beside it")
+    if axes == 1:
+        return lead + "o"
+    if axes < 1:
+        raise ValueError(f"{path} has shape {tuple(shape)}: a single number is no site; select the weight beside it")
     example = "l" * (len(shape) - 2) + "io"
     raise ValueError(
         f"the axes of {path}, shape {tuple(shape)}, are not certain from its name; declare them, one letter an axis "

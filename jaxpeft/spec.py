@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,10 +11,42 @@ from typing import Any
 
 from jaxpeft.sites import Group
 
+SHARED = "shared"
+"""Key beside the groups, in an adapter's trees, of arrays that belong to all groups together."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the table of methods says about one; every method's module has its `CARD`.
+
+    Attributes:
+        title: the method's name in its paper.
+        formula: ΔW of one (in, out) weight, in one line.
+        parameters: trained parameters, in the letters of the formula; L is the number of layers of a group.
+        source: paper and section.
+        budget: the hyper-parameter that `jaxpeft.fit_budget` varies: an integer in which the count grows.
+        shared: what the layers of a group, or all groups, have in common; empty for nothing.
+        zero_start: whether the adapted model starts as the base model.
+        mergeable: whether W + ΔW exists as an array.
+        scaled: whether ΔW is proportional to alpha.
+        vectors: whether it also adapts vectors (biases, a norm's scale).
+    """
+
+    title: str
+    formula: str
+    parameters: str
+    source: str
+    budget: str
+    shared: str = ""
+    zero_start: bool = True
+    mergeable: bool = True
+    scaled: bool = True
+    vectors: bool = False
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """Base of every method's `Spec`.
+    """Base of every method's `Spec`; its fields are switches that every method has.
 
     Two specs that differ in `alpha` alone are equal: alpha reaches a compiled step as an array, so a new alpha never
     recompiles.
@@ -21,22 +54,29 @@ class Spec:
     Attributes:
         alpha: the update is scaled by alpha / rank, with the rank that is materialised.
         dropout: probability that an input feature of an adapter is dropped in training (`dropout_key` of `adapt`).
+        rslora: scale by alpha / √rank instead (rsLoRA, arXiv 2312.03732).
     """
 
     alpha: float = dataclasses.field(default=16.0, compare=False)
     dropout: float = 0.0
+    rslora: bool = False
 
     def __post_init__(self) -> None:
         require(self.alpha > 0, self, "alpha", "a positive number")
         require(0 <= self.dropout < 1, self, "dropout", "in [0, 1)")
 
     def scale(self, group: Group) -> float:
-        """Factor of the group's update: alpha / rank."""
-        return self.alpha / self.materialized_rank(group)
+        """Factor of the group's update: alpha / rank, alpha / √rank with `rslora`, alpha where no rank scales it."""
+        rank = self.materialized_rank(group)
+        if rank is None:
+            require(not self.rslora, self, "rslora", "False: this method's scale does not depend on a rank")
+            return self.alpha
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
-    def materialized_rank(self, group: Group) -> int:
-        """Rank of one weight's update."""
-        raise NotImplementedError
+    def materialized_rank(self, group: Group) -> int | None:
+        """The rank of one weight's update that alpha is divided by; None if the method's scale knows no rank."""
+        del group
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description, read back by `jaxpeft.methods.spec_from_dict`."""

@@ -2,7 +2,8 @@
 
 Every array of an update leads with the group's layers; the engine maps the functions below over them, so each speaks of
 one (in, out) weight. A new structure overrides `delta` and `delta_matmul`; one that multiplies or rescales the frozen
-weight overrides `materialize` and `matmul`, which receive it.
+weight overrides `materialize` and `matmul`, which receive it. Where all arrays of an update are zero it must change
+nothing: that is how the layers that are not adapted are filled in a stacked array.
 """
 
 import dataclasses
@@ -33,9 +34,11 @@ class Update:
 
     Attributes:
         additive: W' = W0 + ΔW with a ΔW that does not depend on W0.
+        formed: applying it needs ΔW as an array, so forming W' loses nothing.
     """
 
     additive: ClassVar[bool] = True
+    formed: ClassVar[bool] = False
 
     def delta(self) -> Array:
         """ΔW, (in, out), float32."""
@@ -97,6 +100,63 @@ class LowRank(Update):
 
     def factors(self) -> "LowRank":  # noqa: D102
         return self
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dense(Update):
+    """ΔW = scale · w, an array of the weight's own shape.
+
+    Attributes:
+        w: (..., in, out)
+        scale: (...)
+    """
+
+    formed: ClassVar[bool] = True
+
+    w: Array
+    scale: Array
+
+    def delta(self) -> Array:  # noqa: D102
+        return self.w * self.scale
+
+    def delta_rows(self, take: Callable[[Array], Array]) -> Array:  # noqa: D102
+        return take(self.w) * self.scale
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Kronecker(Update):
+    """ΔW = scale · p₁ ⊗ p₂ ⊗ …, applied one piece after the other; the product is not formed.
+
+    Attributes:
+        pieces: (..., in_k, out_k) matrices, or low-rank updates for them; Π in_k = in and Π out_k = out.
+        scale: (...)
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> update = Kronecker((jnp.ones((2, 3)), jnp.ones((4, 5))), scale=jnp.float32(1))
+        >>> update.delta().shape, update.delta_matmul(jnp.ones((7, 8))).shape
+        ((8, 15), (7, 15))
+    """
+
+    pieces: tuple[Array | LowRank, ...]
+    scale: Array
+
+    def delta(self) -> Array:  # noqa: D102
+        formed, *others = [piece.delta() if isinstance(piece, LowRank) else piece for piece in self.pieces]
+        for other in others:
+            formed = jnp.kron(formed, other)
+        return formed * self.scale
+
+    def delta_matmul(self, x: Array) -> Array:  # noqa: D102
+        ins = [piece.a.shape[-1] if isinstance(piece, LowRank) else piece.shape[0] for piece in self.pieces]
+        y = x.reshape(*x.shape[:-1], *ins)
+        for piece in self.pieces:
+            # Each piece consumes the first axis that is left and appends its own output axis.
+            y = jnp.moveaxis(y, x.ndim - 1, -1)
+            y = piece.delta_matmul(y) if isinstance(piece, LowRank) else y @ piece.astype(x.dtype)
+        return y.reshape(*x.shape[:-1], -1) * self.scale.astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass

@@ -40,6 +40,11 @@ class Adapted:
         return tuple(self.weight.shape[axis] for axis in self.order)
 
     @property
+    def formed(self) -> bool:
+        """Whether every update needs ΔW as an array anyway."""
+        return all(update.formed for update in self.updates)
+
+    @property
     def letters(self) -> str:
         """The layout of the value."""
         return "".join(self.layout[axis] for axis in self.order)
@@ -81,7 +86,7 @@ class Use:
     Attributes:
         site: path of the weight.
         primitive: name of the JAX primitive.
-        fused: whether it computed with the factors; otherwise the weight was formed.
+        fused: whether nothing was formed that the updates do not need; otherwise the weight was.
     """
 
     site: str

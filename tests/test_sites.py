@@ -5,6 +5,7 @@ import pytest
 import zoo
 
 import jaxpeft
+from jaxpeft.methods import lora
 from jaxpeft.sites import Sites
 
 
@@ -123,9 +124,16 @@ def test_exclude_and_layers() -> None:
         jaxpeft.find(params, ["embed", "q_proj"], layers=[1])
 
 
-def test_vectors_and_integers_are_refused() -> None:
-    with pytest.raises(ValueError, match="a vector is no site"):
-        jaxpeft.find(unrolled(), ".*bias")
+def test_vectors_are_weights_of_one_input_for_the_methods_that_adapt_them() -> None:
+    sites = jaxpeft.find(unrolled(), ".*bias")
+    assert {(group.layout, group.in_dim) for group in sites} == {("o", 1)}
+    with pytest.raises(ValueError, match="is a vector, which lora cannot adapt"):
+        jaxpeft.init(jax.random.key(0), lora.Spec(rank=1), sites)
+
+
+def test_integers_and_single_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="a single number is no site"):
+        jaxpeft.find({"up": {"scale": shape()}}, ".*")
     with pytest.raises(ValueError, match="only floating-point"):
         jaxpeft.find({"up": {"kernel": shape(2, 2, dtype="int8")}})
 

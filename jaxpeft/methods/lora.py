@@ -13,6 +13,14 @@ from jaxpeft import spec as base
 from jaxpeft.sites import Group, Sites
 from jaxpeft.updates import LowRank
 
+CARD = base.Card(
+    title="LoRA",
+    formula="(alpha / r) · aᵀ b",
+    parameters="L · r · (in + out)",
+    source="arXiv 2106.09685 §4.1",
+    budget="rank",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spec(base.Spec):

@@ -15,6 +15,15 @@ from jaxpeft.methods.lora import uniform
 from jaxpeft.sites import Group, Sites
 from jaxpeft.updates import LowRank
 
+CARD = base.Card(
+    title="MoS",
+    formula="(alpha / r) · aᵀ b, the rows of a and b assembled from shards",
+    parameters="e · L · (in + out)",
+    source="arXiv 2410.00938 §3",
+    budget="equivalent_rank",
+    shared="two pools of shards a group",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spec(base.Spec):

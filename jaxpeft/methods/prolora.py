@@ -17,6 +17,15 @@ from jaxpeft.updates import LowRank, Update
 Axis = Literal["hidden", "rank"]
 
 
+CARD = base.Card(
+    title="PRoLoRA",
+    formula="(alpha / r) · aᵀ b, the rows of a and b rotated copies of one chunk",
+    parameters="L · (u · (in + out) + (r - u) · (⌈in/m⌉ + ⌈out/n⌉))",
+    source="arXiv 2402.16902 §3",
+    budget="rank",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spec(base.Spec):
     """Low-rank factors of which u ranks are free and R = r - u ranks repeat one chunk, rotated, along the hidden axis.
