@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpeft import switches
 from jaxpeft.layout import from_matrix, to_matrix
 from jaxpeft.sites import Group, Sites, flatten, nearest_paths
 from jaxpeft.spec import Spec, method_of
@@ -51,7 +52,8 @@ class Adapter:
 
     def updates(self) -> dict[str, Update]:
         """{group: update}, every array stacked over the group's L layers. Differentiable in `params`."""
-        return method_of(self.spec).updates(self.params, self.constants, self.spec, self.sites)
+        updates = method_of(self.spec).updates(self.params, self.constants, self.spec, self.sites)
+        return switches.wrap(updates, self.params, self.constants, self.spec, self.sites)
 
 
 def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> Adapter:
@@ -77,17 +79,26 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> Adapter:
         >>> jaxpeft.count(adapter)
         384
     """
-    method = method_of(spec)
     for group in sites:
-        if "i" not in group.layout and not method.CARD.vectors:
-            name = method.__name__.rpartition(".")[2]
+        rules = method_of(spec.part(group))
+        if "i" not in group.layout and not rules.CARD.vectors:
+            name = rules.__name__.rpartition(".")[2]
             raise ValueError(f"{group.name} is a vector, which {name} cannot adapt; exclude it, or train it as it is")
     if weights is not None:
         check_base(sites, flatten(weights))
-    params, constants = method.init(key, spec, sites, None if weights is None else Weights(weights, sites))
+    method, frozen = method_of(spec), None if weights is None else Weights(weights, sites)
+    params, constants = method.init(key, spec, sites, frozen)
     for group in sites:
         constants[group.name]["scale"] = jnp.full(group.layers, spec.scale(group), jnp.float32)
-    return Adapter(params, constants, spec, sites)
+    params, constants = switches.start(params, constants, spec, sites, frozen)
+    updates = method.updates(params, constants, spec, sites)
+    return Adapter(switches.magnitudes(params, constants, updates, spec, sites, frozen), constants, spec, sites)
+
+
+def abstract(spec: Spec, sites: Sites) -> Adapter:
+    """An adapter for its shapes, under `jax.eval_shape`: a start that reads the weights is given zeros."""
+    weights = {path: jnp.zeros(group.shape) for group in sites for path in group.paths}
+    return init(jax.random.key(0), spec, sites, weights)
 
 
 def count(adapter: Adapter) -> int:

@@ -6,7 +6,7 @@ The model is traced to a jaxpr with its plain weights; the jaxpr is then interpr
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ from jax import Array
 
 from jaxpeft.adapter import Adapter, by_path, check_base
 from jaxpeft.interpret import evaluate
-from jaxpeft.sites import flatten, paths_and_leaves
+from jaxpeft.sites import Group, flatten, paths_and_leaves
+from jaxpeft.spec import Spec
 from jaxpeft.table import table
-from jaxpeft.updates import Dropout
+from jaxpeft.updates import Block, Decomposed, Dropout, Update
 from jaxpeft.values import Adapted, Use, recording
 
 
@@ -169,10 +170,13 @@ def _adapted_weights(
     values: dict[str, Adapted] = {}
     for number, adapter in enumerate(adapters):
         check_base(adapter.sites, leaves)
-        for at, (path, (group, update)) in enumerate(by_path(adapter).items()):
-            if dropout_key is not None and adapter.spec.dropout > 0:
+        found = by_path(adapter)
+        _check_outputs(found, leaves)
+        for at, (path, (group, update)) in enumerate(found.items()):
+            spec = adapter.spec.part(group)
+            if dropout_key is not None and spec.dropout > 0:
                 key = jax.random.fold_in(jax.random.fold_in(dropout_key, number), at)
-                update = Dropout(update, jax.random.split(key, group.sizes("l")), adapter.spec.dropout)
+                update = _with_dropout(update, jax.random.split(key, group.sizes("l")), spec, path)
             if path not in values:
                 order = tuple(range(len(group.shape)))
                 values[path] = Adapted(leaves[path], (), group.layout, order, path)
@@ -182,6 +186,29 @@ def _adapted_weights(
                 )
             values[path] = dataclasses.replace(values[path], updates=(*values[path].updates, update))
     return values
+
+
+def _check_outputs(found: Mapping[str, tuple[Group, Update]], leaves: Mapping[str, Any]) -> None:
+    """An adapter behind a layer must sit at the last weight of that layer."""
+    for path, (group, update) in found.items():
+        bias = f"{path.rpartition('/')[0]}/bias"
+        if update.on_output and "i" in group.layout and bias in leaves:
+            raise ValueError(
+                f"{path}: this adapter acts on the layer's output, but the layer adds {bias} after this weight; "
+                f"select {bias} instead"
+            )
+
+
+def _with_dropout(update: Update, keys: Array, spec: Spec, path: str) -> Update:
+    """The update with dropout, on the inside of what wraps it."""
+    if isinstance(update, Decomposed | Block):
+        return dataclasses.replace(update, update=_with_dropout(update.update, keys, spec, path))
+    if not update.additive:
+        raise ValueError(
+            f"dropout={spec.dropout} at {path}: a {type(update).__name__} multiplies the weight itself and has no "
+            "product of its own to drop; use dropout=0, or call without dropout_key"
+        )
+    return Dropout(update, keys, spec.dropout, spec.dropout_on, spec.dropout_pattern)
 
 
 def _split_arrays(tree: Any) -> tuple[list, list, Any]:

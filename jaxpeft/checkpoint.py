@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxpeft.adapter import Adapter, init
+from jaxpeft.adapter import Adapter, abstract
 from jaxpeft.methods import spec_from_dict
 from jaxpeft.sites import Sites, flatten, paths_and_leaves
-from jaxpeft.spec import Spec, method_of
+from jaxpeft.spec import method_of
 from jaxpeft.summary import saved_dtype
 
 FORMAT = 1
@@ -72,17 +72,11 @@ def load(path: str | Path, *, base: Any = None, sharding: Sharding | None = None
             raise CheckpointError(f"{Path(path).absolute()} holds no checkpoint of an adapter")
         metadata = checkpoints.metadata(step)
         spec, sites = spec_from_dict(metadata["spec"]), Sites.from_dict(metadata["sites"])
-        template = jax.eval_shape(partial(_template, spec, sites))
+        template = jax.eval_shape(partial(abstract, spec, sites))
         where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), template)
         adapter, _, _ = checkpoints.restore(step, template, base=base)
         return adapter
-
-
-def _template(spec: Spec, sites: Sites) -> Adapter:
-    """An adapter for its shapes alone; a start that reads the weights is given zeros of their shapes."""
-    weights = {path: jnp.zeros(group.shape) for group in sites for path in group.paths}
-    return init(jax.random.key(0), spec, sites, weights)
 
 
 class Checkpoints:

@@ -36,6 +36,8 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     # One product with W + ΔW is cheaper than two, but only float32 holds their sum without drowning ΔW.
     if value.formed and value.weight.dtype == jnp.float32:
         return NotImplemented
+    if backwards and any(update.on_output for update in value.updates):
+        raise ValueError(f"{value.site}: an adapter behind a layer's output, but here its transpose is multiplied")
     record(value, "dot_general", fused=True)
 
     # x as (*batched stack, *free, features) in the order of the weight's own axes.
@@ -90,10 +92,31 @@ def _product(updates: tuple[Update, ...], base: Base | None, rows: Array) -> Arr
     """x·W' of one weight; only x·ΔW where every update is additive and no base is given."""
     if base is None:
         return sum(update.delta_matmul(rows) for update in updates)  # pyright: ignore[reportReturnType]
-    total, *others = [update.matmul(rows, base) for update in updates]
+    total, *others = [update.matmul(rows, base) for update in updates if not update.on_output] or [base.dot(rows)]
     for other in others:
         total = total + (other - base.dot(rows))
-    return total
+    return _transformed(updates, total)
+
+
+def _transformed(updates: tuple[Update, ...], y: Array) -> Array:
+    """A layer's output after the updates that act on it."""
+    for update in updates:
+        y = update.transform(y) if update.on_output else y
+    return y
+
+
+def add(params: dict, lhs: Any, rhs: Any) -> Any:
+    """Adds a bias that updates of the layer's output are attached to, and lets them act."""
+    value, x = (lhs, rhs) if isinstance(lhs, Adapted) else (rhs, lhs)
+    on_output = [update.on_output for update in value.updates]
+    if isinstance(x, Adapted) or not all(on_output) or value.letters != "l" * (x.ndim - 1) + "o":
+        return NotImplemented
+    if value.shape != (*(1,) * (x.ndim - 1), x.shape[-1]):
+        return NotImplemented
+    record(value, "add", fused=True)
+    y = primitives.add_p.bind(x, jnp.transpose(value.weight, value.order), **params)
+    one = jax.tree.map(lambda leaf: jnp.squeeze(leaf, tuple(range(x.ndim - 1))), value.updates)
+    return _transformed(one, y)
 
 
 def _precision(precision: Any) -> contextlib.AbstractContextManager:
@@ -146,7 +169,10 @@ def transpose(params: dict, value: Adapted) -> Adapted:
 
 
 def reshape(params: dict, value: Adapted) -> Any:
-    """Splits or merges neighbouring in-axes, or neighbouring out-axes."""
+    """Splits or merges neighbouring in-axes, or neighbouring out-axes; or adds axes of size one."""
+    places = [axis for axis, size in enumerate(params["new_sizes"]) if size != 1]
+    if [params["new_sizes"][axis] for axis in places] == list(value.shape):
+        return broadcast_in_dim({"broadcast_dimensions": places, "shape": params["new_sizes"]}, value)
     settled = _settle(value)
     if settled is NotImplemented or params["dimensions"] is not None:
         return NotImplemented
@@ -290,6 +316,7 @@ def without_leading_axis(value: Adapted) -> Adapted:
 
 
 RULES: dict[jex.Primitive, Callable[..., Any]] = {
+    primitives.add_p: add,
     primitives.dot_general_p: dot_general,
     primitives.gather_p: gather,
     primitives.convert_element_type_p: convert_element_type,

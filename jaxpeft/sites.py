@@ -129,8 +129,8 @@ def find(
         params: any pytree of arrays or `jax.ShapeDtypeStruct`: Linen params, `nnx.to_pure_dict(state)`, plain dicts.
         selection: which leaves to adapt, over their "/"-joined paths. A string is one regular expression that must
             match the whole path; ``"all-linear"`` is every linear kernel but the output head; a list holds names, each
-            a whole path or its end, with or without the leaf's own name (``["q_proj", "mlp/up_proj/kernel"]``); a
-            predicate is called with the path and the leaf.
+            a whole path or its end, with or without the leaf's own name (``["q_proj", "mlp/up_proj/kernel"]``), or
+            ``"all-linear"`` itself (``["all-linear", "lm_head"]``); a predicate is called with the path and the leaf.
         exclude: leaves to leave out again, said in the same four ways.
         layers: numbers of the layers to adapt, from 0; all of them by default. They count the numbered modules of an
             unrolled model and the entries of the first stack axis of a stacked one.
@@ -209,19 +209,22 @@ def _select(
     stacked: "_StackedTrees",
 ) -> list[str]:
     """Paths that one selection matches; an error if there are none."""
+    linear = [path for path in leaves if _is_linear(path, len(leaves[path].shape), stacked) or path in declared]
     if isinstance(selection, str):
         if selection == ALL_LINEAR:
-            chosen = [path for path in leaves if _is_linear(path, len(leaves[path].shape), stacked) or path in declared]
+            chosen = linear
         else:
             pattern = _compile(selection, argument)
             chosen = [path for path in leaves if pattern.fullmatch(path)]
     elif callable(selection):
         chosen = [path for path, leaf in leaves.items() if selection(path, leaf)]
     else:
-        if unmatched := [name for name in selection if not any(_ends_with(path, name) for path in leaves)]:
+        names = [name for name in selection if name != ALL_LINEAR]
+        if unmatched := [name for name in names if not any(_ends_with(path, name) for path in leaves)]:
             near = "; ".join(f"{name!r}: {nearest_paths(name, leaves)}" for name in unmatched)
             raise ValueError(f"{argument} names that match nothing: {near}")
-        chosen = [path for path in leaves if any(_ends_with(path, name) for name in selection)]
+        known = set(linear if ALL_LINEAR in selection else ())
+        chosen = [path for path in leaves if path in known or any(_ends_with(path, name) for name in names)]
     if not chosen:
         what = selection if isinstance(selection, str) else getattr(selection, "__name__", selection)
         raise ValueError(

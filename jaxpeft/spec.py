@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from jaxpeft.sites import Group
 
@@ -53,17 +53,38 @@ class Spec:
 
     Attributes:
         alpha: the update is scaled by alpha / rank, with the rank that is materialised.
-        dropout: probability that an input feature of an adapter is dropped in training (`dropout_key` of `adapt`).
+        dropout: probability that something is dropped in training (`dropout_key` of `adapt`).
+        dropout_on: what is dropped: the adapter's ``input`` x, its two ``factors``, or its ``update`` x·ΔW.
+        dropout_pattern: each ``element``, a feature of all tokens (``column``), or a token with all its features
+            (``key``); the unified view of arXiv 2403.00812 §3.
         rslora: scale by alpha / √rank instead (rsLoRA, arXiv 2312.03732).
+        dora: train the norm of every output's weights apart from their direction (DoRA, arXiv 2402.09353): a leaf
+            ``magnitude`` (L, out) more in every group.
+        start: ``pissa`` (arXiv 2404.02948) and ``olora`` (arXiv 2406.01775) start the factors from the weight's SVD or
+            QR and subtract that start from ΔW, so that ΔW = 0 and the base stays as it is; ``method`` is its own.
     """
 
     alpha: float = dataclasses.field(default=16.0, compare=False)
     dropout: float = 0.0
+    dropout_on: Literal["input", "factors", "update"] = "input"
+    dropout_pattern: Literal["element", "column", "key"] = "element"
     rslora: bool = False
+    dora: bool = False
+    start: Literal["method", "pissa", "olora"] = "method"
 
     def __post_init__(self) -> None:
         require(self.alpha > 0, self, "alpha", "a positive number")
         require(0 <= self.dropout < 1, self, "dropout", "in [0, 1)")
+        require(self.dropout_on in ("input", "factors", "update"), self, "dropout_on", "input, factors or update")
+        require(self.dropout_pattern in ("element", "column", "key"), self, "dropout_pattern", "element, column or key")
+        if self.dropout_on == "factors":
+            require(self.dropout_pattern != "key", self, "dropout_pattern", "element or column: factors see no tokens")
+        require(self.start in ("method", "pissa", "olora"), self, "start", "method, pissa or olora")
+
+    def part(self, group: Group) -> "Spec":
+        """The spec that rules a group; another one only where a spec is made of several."""
+        del group
+        return self
 
     def scale(self, group: Group) -> float:
         """Factor of the group's update: alpha / rank, alpha / √rank with `rslora`, alpha where no rank scales it."""

@@ -35,10 +35,12 @@ class Update:
     Attributes:
         additive: W' = W0 + ΔW with a ΔW that does not depend on W0.
         formed: applying it needs ΔW as an array, so forming W' loses nothing.
+        on_output: it changes what the layer gives out, not its weight; then `transform` is all it has.
     """
 
     additive: ClassVar[bool] = True
     formed: ClassVar[bool] = False
+    on_output: ClassVar[bool] = False
 
     def delta(self) -> Array:
         """ΔW, (in, out), float32."""
@@ -61,6 +63,10 @@ class Update:
         """x·W' for x (..., in)."""
         y = base.dot(x)
         return y + self.delta_matmul(x).astype(y.dtype)
+
+    def transform(self, y: Array) -> Array:
+        """What an update `on_output` makes of the layer's output (..., out)."""
+        raise NotImplementedError(f"{type(self).__name__}.transform")
 
     def factors(self) -> "LowRank | None":
         """This update as a product of two factors over the same layers, if it is exactly one."""
@@ -162,32 +168,128 @@ class Kronecker(Update):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dropout(Update):
-    """Inverted dropout on the input of another update: y = x·W0 + (x ⊙ mask / (1 - rate))·ΔW.
+    """Inverted dropout around another update, as y = x·W0 + drop(x)·ΔW on its input.
 
     It exists only inside a product: merging ignores it, and a weight that has to be formed during training with dropout
     is an error.
 
     Attributes:
-        update: the additive update whose input is dropped.
+        update: the additive update that is dropped.
         key: (...) random keys, one a layer.
-        rate: probability that an input feature is dropped.
+        rate: probability to be dropped.
+        on: ``input`` x, the ``factors`` a and b, or the ``update`` x·ΔW.
+        pattern: each ``element``; a feature over all tokens, ``column``; a token over all features, ``key``.
     """
 
     update: Update
     key: Array
     rate: float = dataclasses.field(metadata={"static": True})
+    on: str = dataclasses.field(default="input", metadata={"static": True})
+    pattern: str = dataclasses.field(default="element", metadata={"static": True})
 
     def delta(self) -> Array:
-        """Refused: dropout acts on an input, and here there is none."""
+        """Refused: dropout acts inside a product, and here there is none."""
         raise ValueError(
-            "dropout on an adapter's input needs a fused product, but this weight has to be formed; use dropout=0, or "
+            "dropout on an adapter needs a fused product, but this weight has to be formed; use dropout=0, or "
             "call without dropout_key, or exclude the site (jaxpeft.explain shows which primitive forms it)"
         )
 
     def delta_matmul(self, x: Array) -> Array:  # noqa: D102
-        keep = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
-        return self.update.delta_matmul(jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype))
+        if self.on == "input":
+            return self.update.delta_matmul(self._drop(x, self.key))
+        if self.on == "update":
+            return self._drop(self.update.delta_matmul(x), self.key)
+        factors = self.update.factors()
+        if factors is None:
+            raise ValueError(f"dropout_on='factors' needs a product of two factors, not {type(self.update).__name__}")
+        key_a, key_b = jax.random.split(self.key)
+        dropped = LowRank(self._drop(factors.a, key_a), self._drop(factors.b, key_b), factors.scale)
+        return dropped.delta_matmul(x)
 
     def delta_rows(self, take: Callable[[Array], Array]) -> Array | None:
         """Rows without dropout: a token's one-hot input has nothing to drop but the token."""
         return self.update.delta_rows(take)
+
+    def _drop(self, x: Array, key: Array) -> Array:
+        """Keeps the mean: what stays is divided by the share that stays. Rows of x are tokens, or ranks of a factor."""
+        shape = list(x.shape)
+        if self.pattern == "column" and x.ndim > 1:
+            shape[-2] = 1
+        if self.pattern == "key":
+            shape[-1] = 1
+        keep = jax.random.bernoulli(key, 1 - self.rate, shape)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Decomposed(Update):
+    """DoRA: W' = (W0 + ΔW) · diag(magnitude / ‖W0 + ΔW‖), the norm of each output's weights, held constant in backward.
+
+    Source: arXiv 2402.09353 §4.1 and §4.3. Where ΔW is low-rank the norms come from the factors, without W0 + ΔW:
+    ‖w + s·Σ_k b_k a_k‖² = ‖w‖² + 2 s Σ_k b_k ⟨w, a_k⟩ + s² Σ_kl b_k b_l ⟨a_k, a_l⟩ for each output's column w.
+
+    Attributes:
+        update: the additive update, possibly with dropout.
+        magnitude: (..., out)
+        present: (...) 1; 0 where a stacked array has layers that are not adapted.
+    """
+
+    additive: ClassVar[bool] = False
+
+    update: Update
+    magnitude: Array
+    present: Array
+
+    def norm(self, weight: Array) -> Array:
+        """‖W0 + ΔW‖ of every output, (out,), float32."""
+        update = self.update.update if isinstance(self.update, Dropout) else self.update
+        weight, factors = weight.astype(jnp.float32), update.factors()
+        if factors is None:
+            return jnp.linalg.norm(weight + update.delta(), axis=0)
+        a, b = factors.a * factors.scale, factors.b
+        mixed = jnp.einsum("ri,io->ro", a, weight, precision="highest")
+        gram = jnp.einsum("ri,si->rs", a, a, precision="highest")
+        squared = jnp.sum(weight**2, axis=0) + 2 * jnp.sum(mixed * b, axis=0) + jnp.sum((gram @ b) * b, axis=0)
+        return jnp.sqrt(jnp.maximum(squared, 0))
+
+    def rescale(self, weight: Array) -> Array:
+        """Factor of every output, (out,)."""
+        norm = jax.lax.stop_gradient(self.norm(weight))
+        return jnp.where((self.present > 0) & (norm > 0), self.magnitude / jnp.where(norm > 0, norm, 1), 1)
+
+    def materialize(self, weight: Array) -> Array:  # noqa: D102
+        return self.update.materialize(weight) * self.rescale(weight)
+
+    def matmul(self, x: Array, base: Base) -> Array:  # noqa: D102
+        y = self.update.matmul(x, base)
+        return y * self.rescale(base.weight).astype(y.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Block(Update):
+    """An adapter behind a layer: h' = h + σ(h·S) + β, where h is the layer's output and S a structured square update.
+
+    Attributes:
+        update: S, an additive update (..., out, out), possibly with dropout.
+        bias: β, (..., out)
+        activation: σ, by its name in `jax.nn`, or ``identity``; σ(0) = 0.
+    """
+
+    additive: ClassVar[bool] = False
+    on_output: ClassVar[bool] = True
+
+    update: Update
+    bias: Array
+    activation: str = dataclasses.field(metadata={"static": True})
+
+    def transform(self, y: Array) -> Array:  # noqa: D102
+        return y + (getattr(jax.nn, self.activation)(self.update.delta_matmul(y)) + self.bias).astype(y.dtype)
+
+    def materialize(self, weight: Array) -> Array:
+        """Refused: a non-linearity lies between the weight and what the adapter gives."""
+        raise ValueError(
+            "this adapter acts on a layer's output through a non-linearity, so there is no W' to form or to merge; "
+            "keep it and call the model through jaxpeft.adapt, or use methods.surm, which changes the weight itself"
+        )

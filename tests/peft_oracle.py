@@ -65,7 +65,8 @@ def trained(adapter: jaxpeft.Adapter) -> jaxpeft.Adapter:
     return adapter.replace(params=jax.tree.unflatten(structure, moved))
 
 
-def assert_equal(ours: list[Any], theirs: list[Any]) -> None:
+def assert_equal(ours: list[Any], theirs: list[Any], tolerance: float = 1e-6) -> None:
     """Merged weights agree to 1e-6 of their size."""
     for own, other in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(jnp.asarray(own), other, atol=1e-6 * max(1.0, float(np.abs(other).max())), rtol=0)
+        size = max(1.0, float(np.abs(other).max()))
+        np.testing.assert_allclose(jnp.asarray(own), other, atol=tolerance * size, rtol=0)

@@ -131,6 +131,13 @@ def test_vectors_are_weights_of_one_input_for_the_methods_that_adapt_them() -> N
         jaxpeft.init(jax.random.key(0), lora.Spec(rank=1), sites)
 
 
+def test_names_next_to_all_linear_kernels() -> None:
+    params = {**unrolled(), "lm_head": {"kernel": shape(8, 20)}}
+    linear, more = jaxpeft.find(params), jaxpeft.find(params, ["all-linear", "lm_head", "norm/scale"])
+    extra = [group.name for group in more if group not in linear.groups]
+    assert extra == ["layers/*/norm/scale", "lm_head/kernel"]
+
+
 def test_integers_and_single_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="a single number is no site"):
         jaxpeft.find({"up": {"scale": shape()}}, ".*")
