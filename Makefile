@@ -9,7 +9,7 @@ quickstart: .venv/train  ## install, fetch the real model and data, fine-tune, e
 	$(BIN)/python -m train fit configs/quickstart.yaml
 
 test: .venv/test  ## all tests, the long ones too
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: .venv/dev  ## format, lint, types, doctests; warnings are errors
 	$(BIN)/ruff format --check .
@@ -22,7 +22,7 @@ parity: .venv/parity  ## the tests that ask torch and PEFT for the expected valu
 
 newest: .venv-newest/test  ## the library's tests on a newer Python, with the newest jax and flax it can have
 	.venv-newest/bin/python -c "import sys, jax, flax; print('Python', sys.version.split()[0], 'jax', jax.__version__, 'flax', flax.__version__)"
-	.venv-newest/bin/python -m pytest -n 2 -m "not slow" --ignore-glob="tests/test_train*"
+	.venv-newest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" --ignore-glob="tests/test_train*"
 
 # Each stamp is one extra of pyproject.toml, installed into .venv.
 .venv/%: pyproject.toml

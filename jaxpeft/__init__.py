@@ -1,29 +1,41 @@
 """Parameter-efficient fine-tuning for JAX and Flax by shared and structured updates."""
 
-from jaxpeft import checkpoint, methods
+from jaxpeft import allocate, checkpoint, loko, methods
 from jaxpeft.adapter import Adapter, count, delta, init
 from jaxpeft.apply import MaterializeWarning, adapt, explain
+from jaxpeft.budget import Budget, fit_budget
 from jaxpeft.checkpoint import CheckpointError, load, save
+from jaxpeft.diagnose import diagnose
 from jaxpeft.merge import merge, merge_with_report
+from jaxpeft.rates import labels, scale_rates
+from jaxpeft.rite import rite
 from jaxpeft.sites import Sites, find
 from jaxpeft.summary import summary
 
 __all__ = [
     "Adapter",
+    "Budget",
     "CheckpointError",
     "MaterializeWarning",
     "Sites",
     "adapt",
+    "allocate",
     "checkpoint",
     "count",
     "delta",
+    "diagnose",
     "explain",
     "find",
+    "fit_budget",
     "init",
+    "labels",
     "load",
+    "loko",
     "merge",
     "merge_with_report",
     "methods",
+    "rite",
     "save",
+    "scale_rates",
     "summary",
 ]

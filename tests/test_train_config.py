@@ -80,7 +80,7 @@ def test_all_mistakes_are_listed_at_once_with_their_path():
         ("model: {", "not valid YAML"),
         ("model: {name: a, name: b}", "'name' is given twice"),
         (VALID.replace("lora", "lroa"), "method.name: unknown method 'lroa'; did you mean lora?"),
-        (VALID.replace("{name: lora, rank: 2}", "{rank: 2}"), "method.name: missing; one of lora"),
+        (VALID.replace("{name: lora, rank: 2}", "{rank: 2}"), "method.name: missing; one of "),
         (VALID.replace("steps: 2", "batch_size: 2"), "train.steps: missing; give steps or epochs"),
         (VALID.replace("rank: 2", "rank: -2"), "rank=-2"),
         (VALID.replace("output: {folder: runs/x}", ""), "output: missing section"),

@@ -1,4 +1,4 @@
-"""The command line: fit, evaluate, generate, report, bench."""
+"""The command line: fit, evaluate, generate, report, bench, methods."""
 
 import argparse
 import logging
@@ -130,6 +130,19 @@ def _bench(options: argparse.Namespace, console: Console) -> None:
         run.write(Path(options.json), json.dumps(found, indent=2) + "\n")
 
 
+def _methods(options: argparse.Namespace, console: Console) -> None:
+    from train import methods
+
+    if options.pages:
+        methods.pages(Path(options.pages))
+        return
+    found = methods.sites(options.model)
+    made = list(methods.rows(found, options.parameters, options.method or ()))
+    console.print(
+        methods.text(made, found, options.parameters), markup=False, highlight=False, no_wrap=True, crop=False
+    )
+
+
 def _run_or_config(path: str, overrides: Sequence[str]):
     """The configuration, and the run folder if `path` is one."""
     from train import config
@@ -196,6 +209,24 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=7, help="timed steps of each, in turn (default 7)")
     bench.add_argument("--only", action="append", metavar="NAME", help="one of the adapters; may be repeated")
     bench.add_argument("--json", metavar="FILE", help="also write the figures here")
+    methods = command(
+        "methods",
+        _methods,
+        "Print the table of methods at one budget.",
+        "--model smollm2-135m-instruct --parameters 500000",
+    )
+    methods.add_argument(
+        "--model", default="llama2-7b", help="a model as in configurations; only its shapes count (default llama2-7b)"
+    )
+    methods.add_argument(
+        "--parameters",
+        type=int,
+        default=4_997_120,
+        metavar="N",
+        help="trained parameters wanted (default: LoRA rank 2)",
+    )
+    methods.add_argument("--method", action="append", metavar="NAME", help="only this one; may be repeated")
+    methods.add_argument("--pages", metavar="FOLDER", help="write a page of documentation for each instead")
     report = command("report", _report, "Write report.md and loss.png of a finished run again.", "runs/quickstart")
     report.add_argument("run", metavar="RUN", help="a run folder")
     return parser

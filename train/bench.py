@@ -131,7 +131,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _adapter_step(made: job.Job, spec: Spec, batch: dict[str, jax.Array]) -> tuple[Any, tuple, int]:
     adapter = devices.replicate(jaxpeft.init(jax.random.key(0), spec, made.adapter.sites), made.mesh)
-    optimizer = optim.optimizer(made.config.optimizer, 1000)
+    optimizer = optim.optimizer(made.config.optimizer, 1000, spec)
     state = devices.replicate(optimizer.init(adapter.params), made.mesh)
     step = optim.step_function(jaxpeft.adapt(made.model.token_losses), optimizer, made.config.train.accumulate)
     # Nothing is donated, so that every round starts from the same arrays.

@@ -84,6 +84,12 @@ class Optimizer:
     b1: Fraction = 0.9
     b2: Fraction = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    rates: dict[str, Rate] = field(default_factory=dict)
+    """Factors of the learning rate by the name of the trained array; `{b: 16}` is LoRA+, `{a: 0}` freezes a."""
+    allocator: dict[str, float | int] = field(default_factory=dict)
+    """Settings of the rule of a method that chooses its ranks while it trains; see `jaxpeft.allocate`."""
+    orthogonality: Rate = 0.0
+    """Weight of the orthogonality loss of AdaLoRA and IncreLoRA (their authors: 0.1 to 0.5)."""
 
 
 @dataclass(frozen=True)
@@ -241,9 +247,9 @@ def as_dict(config: Config) -> dict:
     >>> parse(dump(config)) == config
     True
     """
-    name = next(name for name, module in METHODS.items() if isinstance(config.method, module.Spec))
     tree = {f.name: dataclasses.asdict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    tree["method"] = {"name": name, **tree["method"]}
+    method = config.method.to_dict()
+    tree["method"] = {"name": method.pop("method"), **method}
     return json.loads(json.dumps(tree))
 
 

@@ -69,8 +69,10 @@ def dry_run(config: Config, console: Console) -> None:
     """Prints sites, counts, steps and the memory of one training step; loads no weights, and writes nothing."""
     made = job.assemble(config, weights=False)
     console.print(str(made.adapter.sites), str(jaxpeft.summary(made.adapter)), *made.notes, sep="\n\n", markup=False)
-    optimizer = optim.optimizer(config.optimizer, len(made.batches))
-    step = optim.step_function(jaxpeft.adapt(made.model.token_losses), optimizer, config.train.accumulate)
+    optimizer = optim.optimizer(config.optimizer, len(made.batches), config.method)
+    step = optim.step_function(
+        jaxpeft.adapt(made.model.token_losses), optimizer, config.train.accumulate, config.optimizer.orthogonality
+    )
     opt_state = devices.shapes(jax.eval_shape(optimizer.init, made.adapter.params), made.mesh)
     longest = max(made.batches, key=lambda batch: batch.length)
     batch = {

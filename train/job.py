@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 import jaxpeft
 from jaxpeft import models
 from jaxpeft.adapter import Adapter
-from train import data, devices, rows
+from train import data, devices, optim, rows
 from train.config import Config, ConfigError
 from train.rows import Row
 from train.template import Example, Template
@@ -123,6 +123,13 @@ def assemble(config: Config, weights: bool = True) -> Job:
     held_out, held_out_examples, held_out_note = data.encode(held_out, made.template, config.data)
     lengths = data.input_lengths(examples)
     batches = data.plan(lengths, config.data, config.train)
+    optimizer = optim.optimizer(config.optimizer, len(batches), config.method)
+    try:
+        jax.eval_shape(optimizer.init, made.adapter.params)
+        if config.optimizer.orthogonality:
+            jax.eval_shape(jaxpeft.allocate.orthogonality, made.adapter)
+    except ValueError as error:  # names, ranks or gates that this adapter does not have
+        raise ConfigError([f"optimizer: {error}"]) from None
     shapes = ", ".join(f"{rows} x {length}" for rows, length in data.shapes(batches))
     return Job(
         **vars(made),

@@ -69,10 +69,10 @@ def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
     """
     config, steps = job.config.train, len(job.batches)
     schedule = optim.schedule(job.config.optimizer, steps)
-    optimizer = optim.optimizer(job.config.optimizer, steps)
+    optimizer = optim.optimizer(job.config.optimizer, steps, job.config.method)
     forward = jaxpeft.adapt(job.model.token_losses)
     step_function = devices.Compiled(
-        optim.step_function(forward, optimizer, config.accumulate),
+        optim.step_function(forward, optimizer, config.accumulate, job.config.optimizer.orthogonality),
         donate_argnums=(0, 1),
         out_shardings=devices.everywhere(job.mesh),
     )

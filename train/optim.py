@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from train.config import Optimizer
+import jaxpeft
+from jaxpeft.spec import Spec
+from train.config import ConfigError, Optimizer
 
 
 def schedule(config: Optimizer, steps: int) -> optax.Schedule:
@@ -24,16 +26,28 @@ def schedule(config: Optimizer, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, decay], [warmup])
 
 
-def optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
-    """AdamW with clipping by the global norm. It sees the adapter's parameters only."""
+def optimizer(config: Optimizer, steps: int, spec: Spec) -> optax.GradientTransformation:
+    """AdamW with clipping by the global norm, in the rule of a method that chooses its ranks.
+
+    It sees the adapter's parameters only.
+
+    Raises:
+      ConfigError: a setting of the rule is missing or unknown.
+    """
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     adamw = optax.adamw(
         schedule(config, steps), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
     )
-    return optax.chain(clip, adamw)
+    plain = optax.chain(clip, adamw, jaxpeft.scale_rates(config.rates))
+    try:
+        return jaxpeft.allocate.for_spec(spec, plain, steps, **config.allocator)
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"optimizer.allocator: {error}"]) from None
 
 
-def step_function(forward: Callable, optimizer: optax.GradientTransformation, accumulate: int = 1) -> Callable:
+def step_function(
+    forward: Callable, optimizer: optax.GradientTransformation, accumulate: int = 1, orthogonality: float = 0.0
+) -> Callable:
     """One training step: (adapter, opt_state, base, batch, key, step) -> (adapter, opt_state, metrics).
 
     The loss is the mean over the learned tokens of the whole batch, however it is split, so accumulation gives the
@@ -43,6 +57,7 @@ def step_function(forward: Callable, optimizer: optax.GradientTransformation, ac
       forward: (base, adapter, tokens, targets, dropout_key=…, …) -> losses (B, S), an adapted `token_losses`.
       optimizer: applied to the adapter's parameters.
       accumulate: parts of a batch that run one after the other.
+      orthogonality: weight of the adapter's `jaxpeft.allocate.orthogonality` in the loss; the reported loss is without.
     """
 
     def total_loss(params: Any, adapter: Any, base: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
@@ -67,6 +82,10 @@ def step_function(forward: Callable, optimizer: optax.GradientTransformation, ac
             (loss, gradients), _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), split(batch, accumulate)))
         learned = jnp.maximum(jnp.sum(batch["weights"]), 1)
         gradients = jax.tree.map(lambda gradient: gradient / learned, gradients)
+        if orthogonality:
+            penalty = jax.grad(lambda params: jaxpeft.allocate.orthogonality(adapter.replace(params=params)))
+            more = penalty(adapter.params)
+            gradients = jax.tree.map(lambda gradient, other: gradient + orthogonality * other, gradients, more)
         updates, opt_state = optimizer.update(gradients, opt_state, adapter.params)
         metrics = {"loss": loss / learned, "grad_norm": optax.tree.norm(gradients)}
         return adapter.replace(params=optax.apply_updates(adapter.params, updates)), opt_state, metrics
