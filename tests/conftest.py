@@ -1,7 +1,11 @@
 """Eight simulated CPU devices for every test, and quick compilation; set before jax reads its environment."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Level 0 spares LLVM's optimiser: the tests are bound by compilation, and XLA's own passes still run.
@@ -10,3 +14,15 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 # Many tests compile the same programs; the cache also serves the next run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+
+import jax  # noqa: E402, it reads the environment
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """Frees compiled programs in time: each takes memory maps, and beyond the 65,530 that Linux allows XLA crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 40_000:
+        jax.clear_caches()
+        gc.collect()
