@@ -140,14 +140,23 @@ def by_path(adapter: Adapter) -> dict[str, tuple[Group, Update]]:
         group = adapter.sites[name]
         leaves, structure = jax.tree.flatten(update)
         # A split, because its transpose is one concatenation where L slices would each add a full-size array.
-        columns = [jax.lax.split(leaf, [len(leaf) // len(group.paths)] * len(group.paths)) for leaf in leaves]
+        columns = [
+            [leaf] * len(group.paths)
+            if len(leaf) == 1
+            else jax.lax.split(leaf, [len(leaf) // len(group.paths)] * len(group.paths))
+            for leaf in leaves
+        ]
         for path, parts in zip(group.paths, zip(*columns, strict=True), strict=True):
-            whole = [_over_all_entries(part.reshape(*group.stack, *part.shape[1:]), group) for part in parts]
+            whole = [_over_stack_axes(part, group) for part in parts]
             found[path] = group, jax.tree.unflatten(structure, whole)
     return found
 
 
-def _over_all_entries(leaf: Array, group: Group) -> Array:
+def _over_stack_axes(leaf: Array, group: Group) -> Array:
+    """An update's array at one path: its layers as the stack axes, with zeros for those that are not adapted."""
+    if len(leaf) == 1 < group.layers // len(group.paths):
+        return leaf.reshape(*(1,) * len(group.stack), *leaf.shape[1:])
+    leaf = leaf.reshape(*group.stack, *leaf.shape[1:])
     if group.entries is None:
         return leaf
     size = group.sizes("l")[0]

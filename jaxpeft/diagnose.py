@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -12,6 +11,7 @@ from jax import Array
 from jaxpeft.adapter import Adapter, check_base
 from jaxpeft.sites import Group, Sites, find, flatten
 from jaxpeft.table import table
+from jaxpeft.values import over_stack
 from jaxpeft.weights import Weights
 
 
@@ -147,9 +147,9 @@ def _changed(frozen: Array, tuned: Any, sites: Sites, group: Group) -> tuple[Arr
         changed = Weights(tuned, sites)[group.name]
         return changed, changed - frozen, False
     update = tuned.updates()[group.name]
-    changed = jax.vmap(type(update).materialize)(update, frozen)
+    changed = over_stack(type(update).materialize, 1)(update, frozen)
     if update.additive:
-        return changed, jax.vmap(type(update).delta)(update), True
+        return changed, over_stack(type(update).delta, 1)(update), True
     return changed, changed - frozen, False
 
 

@@ -15,7 +15,7 @@ from jax import Array
 from jax.extend.core import primitives
 
 from jaxpeft import rules
-from jaxpeft.values import Adapted, record
+from jaxpeft.values import Adapted, by_layer, record
 
 
 def evaluate(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Any], needed: Sequence[bool] | None = None) -> list[Array]:
@@ -107,15 +107,20 @@ def _scan(params: dict, needed: Sequence[bool], operands: Sequence[Any]) -> Any:
     passed_on = _passed_on(params["jaxpr"].jaxpr, [*[None] * (len(consts) + len(carry)), *xs])
     computed = [at < len(carry) or (wanted and at not in passed_on) for at, wanted in enumerate(needed)]
 
+    # What serves all layers is no input of the loop.
+    leaves, axes, join = by_layer(leading, params["length"])
+    stacked = [None if axis is None else leaf for leaf, axis in zip(leaves, axes, strict=True)]
+
     def body(carry: list, xs: list) -> tuple[list, list]:
-        slices = [rules.without_leading_axis(x) if isinstance(x, Adapted) else x for x in xs]
+        whole = join([leaf if x is None else x for leaf, x in zip(leaves, xs, strict=True)])
+        slices = [rules.without_leading_axis(x) if isinstance(x, Adapted) else x for x in whole]
         outputs = evaluate(params["jaxpr"], [*consts, *carry, *slices], computed)
         return outputs[: len(carry)], outputs[len(carry) :]
 
     carry, ys = jax.lax.scan(
         body,
         [_form(value, "scan carry") for value in carry],
-        leading,
+        stacked,
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],

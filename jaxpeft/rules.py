@@ -15,7 +15,7 @@ from jax.extend.core import primitives
 
 from jaxpeft.layout import to_matrix
 from jaxpeft.updates import Base, Update
-from jaxpeft.values import Adapted, record
+from jaxpeft.values import Adapted, by_layer, record
 
 
 def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
@@ -60,11 +60,17 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
 
     additive = all(update.additive for update in value.updates)
     matrix = None if additive else to_matrix(value.weight, value.layout)
-    mapped: Callable = product
-    for axis in reversed(stack):
-        mapped = jax.vmap(mapped, in_axes=(0, None if additive else 0, 0 if axis in batched else None))
+
+    def over(stack: Sequence[int], updates: tuple[Update, ...], matrix: Array | None, rows: Array) -> Array:
+        if not stack:
+            return product(updates, matrix, rows)
+        leaves, axes, join = by_layer(updates, value.weight.shape[stack[0]])
+        in_axes = (axes, None if additive else 0, 0 if stack[0] in batched else None)
+        inner = partial(over, stack[1:])
+        return jax.vmap(lambda leaves, *others: inner(join(leaves), *others), in_axes=in_axes)(leaves, matrix, rows)
+
     with _precision(params["precision"]):
-        y = mapped(value.updates, matrix, rows)
+        y = over(stack, value.updates, matrix, rows)
     outs = value.axes("i" if backwards else "o")
     y = y.reshape(*y.shape[:-1], *(value.weight.shape[axis] for axis in outs))
 
@@ -274,7 +280,9 @@ def _cut_stack(value: Adapted, sizes: Sequence[int], cut: Callable[[Array, int, 
             return NotImplemented
         weight = cut(weight, axis, view_axis)
         stack_axis = value.axes("l").index(axis)
-        updates = jax.tree.map(lambda leaf, at=stack_axis, view=view_axis: cut(leaf, at, view), updates)
+        updates = jax.tree.map(
+            lambda leaf, at=stack_axis, view=view_axis: leaf if leaf.shape[at] == 1 else cut(leaf, at, view), updates
+        )
     return dataclasses.replace(value, weight=weight, updates=updates)
 
 
@@ -311,7 +319,7 @@ def stack_axis_first(value: Adapted) -> Any:
 
 
 def without_leading_axis(value: Adapted) -> Adapted:
-    """What `stack_axis_first` gave, after a scan has taken the leading axis off every array."""
+    """What `stack_axis_first` gave, after the leading axis was taken off every array."""
     return dataclasses.replace(value, layout=value.layout[1:], order=tuple(axis - 1 for axis in value.order[1:]))
 
 

@@ -11,6 +11,7 @@ from jaxpeft.sites import Group
 from jaxpeft.spec import SHARED, method_of
 from jaxpeft.table import table
 from jaxpeft.updates import Update
+from jaxpeft.values import over_stack
 
 LARGEST_MATRIX = 2**24
 """Entries of the largest stacked matrix whose rank is computed."""
@@ -129,7 +130,7 @@ def column_rank(update: Update, group: Group) -> int | None:
     if rows * group.out_dim > LARGEST_MATRIX:
         return None
     x = jax.random.normal(jax.random.key(0), (inputs, group.in_dim))
-    outputs = jax.vmap(lambda update: update.delta_matmul(x))(update).reshape(rows, group.out_dim)
+    outputs = over_stack(lambda update: update.delta_matmul(x), 1)(update).reshape(rows, group.out_dim)
     return int(np.linalg.matrix_rank(np.asarray(outputs, np.float64), rtol=1e-5))
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxpeft.sites import Group, Sites
 from jaxpeft.spec import Spec, require
 from jaxpeft.updates import Decomposed, LowRank, Update
+from jaxpeft.values import over_stack
 
 
 def count(spec: Spec, sites: Sites) -> int:
@@ -53,7 +53,7 @@ def magnitudes(
         require(update.additive, part, "dora", f"False: this update of {g.name} multiplies the weight itself")
         require("i" in g.layout, part, "dora", f"False: {g.name} is a vector")
         decomposed = Decomposed(update, jnp.zeros((g.layers, g.out_dim)), jnp.ones(g.layers))
-        norms = jax.vmap(Decomposed.norm)(decomposed, _weights(part, "dora", g, weights))
+        norms = over_stack(Decomposed.norm, 1)(decomposed, _weights(part, "dora", g, weights))
         params[g.name] = {**params[g.name], "magnitude": norms}
     return params
 

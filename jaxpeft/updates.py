@@ -1,9 +1,10 @@
 """What a method yields: the update of a weight, and the ways to apply it without forming it.
 
-Every array of an update leads with the group's layers; the engine maps the functions below over them, so each speaks of
-one (in, out) weight. A new structure overrides `delta` and `delta_matmul`; one that multiplies or rescales the frozen
-weight overrides `materialize` and `matmul`, which receive it. Where all arrays of an update are zero it must change
-nothing: that is how the layers that are not adapted are filled in a stacked array.
+Every array of an update leads with the group's layers, or with an axis of size 1 if it serves them all; the engine
+maps the functions below over them, so each speaks of one (in, out) weight. A new structure overrides `delta` and
+`delta_matmul`; one that multiplies or rescales the frozen weight overrides `materialize` and `matmul`, which receive
+it. Where all arrays of an update are zero it must change nothing: that is how the layers that are not adapted are
+filled in a stacked array.
 """
 
 import dataclasses

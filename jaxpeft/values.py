@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ class Adapted:
 
     Attributes:
         weight: W in the layout it is stored in.
-        updates: their arrays lead with the layout's stack axes, in order.
+        updates: their arrays lead with the layout's stack axes, in order; where one array serves all, with size 1.
         layout: one letter an axis of `weight`, as in `jaxpeft.sites.Group`.
         order: the value is `weight` transposed by this permutation.
         site: path of the weight, for reports.
@@ -73,10 +74,29 @@ def materialize(updates: tuple[Update, ...], weight: Array) -> Array:
 
 
 def over_stack(fn: Callable, axes: int) -> Callable:
-    """Maps a function of one weight over the leading stack axes of all its arguments."""
-    for _ in range(axes):
-        fn = jax.vmap(fn)
-    return fn
+    """Maps a function of one weight over the leading stack axes of its arguments; an axis of size 1 serves all."""
+    if axes == 0:
+        return fn
+
+    def mapped(*args: Any) -> Any:
+        size = max(leaf.shape[0] for leaf in jax.tree.leaves(args))
+        leaves, in_axes, join = by_layer(args, size)
+        return jax.vmap(lambda leaves: over_stack(fn, axes - 1)(*join(leaves)), in_axes=(in_axes,))(leaves)
+
+    return mapped
+
+
+def by_layer(tree: Any, size: int) -> tuple[list[Array], list[int | None], Callable[[list], Any]]:
+    """The arrays of a tree for `jax.vmap` over their leading axis.
+
+    Returns:
+        The arrays, those that serve all of `size` layers without their axis; 0 or None for each; and the tree's
+        structure, as a function of the arrays of one layer.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    serves_all = [leaf.shape[0] == 1 < size for leaf in leaves]
+    arrays = [leaf[0] if shared else leaf for leaf, shared in zip(leaves, serves_all, strict=True)]
+    return arrays, [None if shared else 0 for shared in serves_all], structure.unflatten
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ def test_what_belongs_to_all_groups_has_a_row_of_its_own() -> None:
     assert found.rows[1].trained == 0
     assert found.rows[1].stored_bytes == 4 * (IN + OUT) * 4
     assert "shared" in str(found)
+    # The pair is not repeated for the layers.
+    assert found.rows[0].expanded_bytes == (4 * (IN + OUT) + LAYERS * (4 + OUT + 1)) * 4
 
 
 def test_shapes_alone_will_do() -> None:

@@ -86,7 +86,7 @@ def updates(params: Mapping, constants: Mapping, spec: Spec, sites: Sites) -> di
     for g in sites:
         a, b, frozen = params[g.name]["a"], params[g.name]["b"], constants[g.name]
         rows = pools.gather(b.reshape(g.layers, -1), frozen["b_index"][:, None]).reshape(b.shape)
-        expanded[g.name] = LowRank(jnp.broadcast_to(a, (g.layers, *a.shape)), rows, frozen["scale"])
+        expanded[g.name] = LowRank(a[None], rows, frozen["scale"])
     return expanded
 
 

@@ -123,8 +123,7 @@ def updates(params: Mapping, constants: Mapping, spec: Spec, sites: Sites) -> di
     made = {}
     for g in sites:
         entries = constants[g.name]["entries"]
-        entries = jnp.broadcast_to(entries, (g.layers, *entries.shape))
-        made[g.name] = Spectrum(params[g.name]["c"], entries, constants[g.name]["scale"], g.in_dim, g.out_dim)
+        made[g.name] = Spectrum(params[g.name]["c"], entries[None], constants[g.name]["scale"], g.in_dim, g.out_dim)
     return made
 
 

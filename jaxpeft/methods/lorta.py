@@ -122,6 +122,5 @@ def updates(params: Mapping, constants: Mapping, spec: Spec, sites: Sites) -> di
         columns = (heads[:, :, None] * b[:, None, :]).reshape(spec.rank, -1)
         for g, of_type in zip(groups, types, strict=True):
             rows = (layers * of_type)[:, :, None] * a
-            tiled = jnp.broadcast_to(columns, (g.layers, *columns.shape))
-            made[g.name] = LowRank(rows, tiled, constants[g.name]["scale"])
+            made[g.name] = LowRank(rows, columns[None], constants[g.name]["scale"])
     return {g.name: made[g.name] for g in sites}

@@ -82,6 +82,5 @@ def updates(params: Mapping, constants: Mapping, spec: Spec, sites: Sites) -> di
     for g in sites:
         trained = params[g.name]
         a = jnp.einsum("lrs,ri->lsi", trained["core"], trained["a"], precision="highest")
-        b = jnp.broadcast_to(trained["b"], (g.layers, spec.rank, g.out_dim))
-        made[g.name] = LowRank(a, b, constants[g.name]["scale"])
+        made[g.name] = LowRank(a, trained["b"][None], constants[g.name]["scale"])
     return made

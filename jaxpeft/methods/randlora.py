@@ -148,7 +148,7 @@ def draw(key: Array, shape: tuple[int, ...], spec: Spec, narrow: int) -> Array:
 
 
 def updates(params: Mapping, constants: Mapping, spec: Spec, sites: Sites) -> dict[str, Bases]:
-    """One `Bases` a group, the shared bases repeated for its layers."""
+    """One `Bases` a group, the shared bases serving all its layers."""
     shared, made = constants[SHARED], {}
     for g in sites:
         narrow, wide = sorted((g.in_dim, g.out_dim))
@@ -156,7 +156,6 @@ def updates(params: Mapping, constants: Mapping, spec: Spec, sites: Sites) -> di
         a, b = shared["a"][:, :narrow], shared["b"][:n, :, :wide]
         if spec.order == "peft":
             b = b.reshape(spec.rank, n, wide).swapaxes(0, 1)
-        a, b = (jnp.broadcast_to(leaf, (g.layers, *leaf.shape)) for leaf in (a, b))
         lam, gam, scale = params[g.name]["lam"], params[g.name]["gam"], constants[g.name]["scale"]
-        made[g.name] = Bases(a, b, lam, gam, scale, transposed=g.out_dim < g.in_dim)
+        made[g.name] = Bases(a[None], b[None], lam, gam, scale, transposed=g.out_dim < g.in_dim)
     return made

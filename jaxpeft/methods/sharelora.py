@@ -83,10 +83,10 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> tuple[dic
 
 
 def updates(params: Mapping, constants: Mapping, spec: Spec, sites: Sites) -> dict[str, LowRank]:
-    """One `LowRank` a group, what is shared repeated for its layers."""
+    """One `LowRank` a group, what is shared serving all its layers."""
     made = {}
     for g in sites:
-        a = jnp.broadcast_to(params[g.name]["a"], (g.layers, spec.rank, g.in_dim))
-        b = jnp.broadcast_to(params[g.name]["b"], (g.layers, spec.rank, g.out_dim))
+        a = params[g.name]["a"].reshape(-1, spec.rank, g.in_dim)
+        b = params[g.name]["b"].reshape(-1, spec.rank, g.out_dim)
         made[g.name] = LowRank(a, b, constants[g.name]["scale"])
     return made

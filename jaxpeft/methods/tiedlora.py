@@ -102,11 +102,9 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> tuple[dic
 
 
 def updates(params: Mapping, constants: Mapping, spec: Spec, sites: Sites) -> dict[str, ScaledLowRank]:
-    """One `ScaledLowRank` a group, the tied pair repeated for its layers."""
+    """One `ScaledLowRank` a group, the tied pair serving all its layers."""
     made = {}
     for g in sites:
         pieces = {**constants[g.name], **params[g.name]}
-        a = jnp.broadcast_to(pieces["a"], (g.layers, spec.rank, g.in_dim))
-        b = jnp.broadcast_to(pieces["b"], (g.layers, spec.rank, g.out_dim))
-        made[g.name] = ScaledLowRank(a, b, pieces["u"], pieces["v"], pieces["scale"])
+        made[g.name] = ScaledLowRank(pieces["a"][None], pieces["b"][None], pieces["u"], pieces["v"], pieces["scale"])
     return made

@@ -123,11 +123,11 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> tuple[dic
 
 
 def updates(params: Mapping, constants: Mapping, spec: Spec, sites: Sites) -> dict[str, ScaledLowRank]:
-    """One `ScaledLowRank` a group, the shared pair repeated for its layers."""
+    """One `ScaledLowRank` a group, the shared pair serving all its layers."""
     shared, made = constants[SHARED], {}
     for g in sites:
-        a = jnp.broadcast_to(shared["a"][:, : g.in_dim], (g.layers, spec.rank, g.in_dim))
-        b = jnp.broadcast_to(shared["b"][:, : g.out_dim], (g.layers, spec.rank, g.out_dim))
+        a = shared["a"][None, :, : g.in_dim]
+        b = shared["b"][None, :, : g.out_dim]
         vectors = params[g.name]
         made[g.name] = ScaledLowRank(a, b, vectors["lambda_d"], vectors["lambda_b"], constants[g.name]["scale"])
     return made
