@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Level 0 spares LLVM's optimiser: the tests are bound by compilation, and XLA's own passes still run.
-flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# The tests are bound by compilation: level 0 spares LLVM's optimiser, and fusions are emitted the quicker way.
+flags = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 # Many tests compile the same programs; the cache also serves the next run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))

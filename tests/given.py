@@ -22,6 +22,6 @@ def updates(params, constants, spec, sites):
     return {group.name: params[group.name] for group in sites}
 
 
-def given(adapter: jaxpeft.Adapter) -> jaxpeft.Adapter:
-    """The adapter with its updates, computed, for parameters."""
-    return replace(adapter, params=adapter.updates(), constants={}, spec=Spec(dropout=adapter.spec.dropout))
+def given(adapter: jaxpeft.Adapter, updates, dropout: float = 0.0) -> jaxpeft.Adapter:
+    """The adapter with its updates for parameters."""
+    return replace(adapter, params=updates, constants={}, spec=Spec(dropout=dropout))

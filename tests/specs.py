@@ -4,7 +4,6 @@ Methods with factors have rank 5 where they can choose, because equal shapes sha
 """
 
 from jaxpeft.methods import (
-    METHODS,
     adalora,
     alore,
     aslora,
@@ -204,6 +203,4 @@ STRUCTURES = {
     "surm dense path",
     "surm kronecker",
 }
-"""Variants whose updates have another structure than their method's main setting: they go through every check too."""
-
-MAIN = {name: spec for name, spec in SPECS.items() if name in METHODS or name in STRUCTURES}
+"""Variants whose updates have another structure than their method's main setting."""

@@ -1,6 +1,7 @@
 """The bar for every method: each spec goes through each check, on models written in every style."""
 
 import dataclasses
+import json
 from functools import cache
 
 import jax
@@ -13,13 +14,13 @@ import zoo
 from given import given
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from specs import FOR_TWO_LAYERS, MAIN, SPECS, STRUCTURES
+from specs import FOR_TWO_LAYERS, SPECS, STRUCTURES
 
 import jaxpeft
-from jaxpeft import switches
-from jaxpeft.methods import METHODS
+from jaxpeft import budget
+from jaxpeft.methods import METHODS, spec_from_dict
 from jaxpeft.spec import method_of
-from jaxpeft.updates import Block, Decomposed, LowRank
+from jaxpeft.updates import Base, Block, Decomposed, LowRank
 from jaxpeft.values import over_stack
 
 IDS = jax.random.randint(jax.random.key(7), (8, 5), 0, zoo.VOCAB)
@@ -31,13 +32,13 @@ def parametrize(names):
 
 
 every_spec = parametrize(SPECS)
-main_specs = parametrize(MAIN)
+every_structure = parametrize([name for name in SPECS if name in METHODS or name in STRUCTURES])
+every_method = parametrize(METHODS)
 every_model = pytest.mark.parametrize("model", zoo.MODELS.keys())
 
 
 def test_every_method_is_in_the_common_test() -> None:
-    assert {name for name in MAIN if name not in STRUCTURES} == METHODS.keys()
-    assert SPECS.keys() >= STRUCTURES
+    assert SPECS.keys() >= METHODS.keys() | STRUCTURES
 
 
 def sites_of(model: zoo.Model, layers: list[int] | None = None) -> jaxpeft.Sites:
@@ -45,18 +46,23 @@ def sites_of(model: zoo.Model, layers: list[int] | None = None) -> jaxpeft.Sites
 
 
 @cache
-def start(name: str, model: str = "plain scanned") -> jaxpeft.Adapter:
+def start(name: str) -> jaxpeft.Adapter:
     """The adapter of a spec before training."""
-    made = zoo.MODELS[model]()
+    made = zoo.MODELS["plain scanned"]()
     return jaxpeft.init(jax.random.key(1), SPECS[name], sites_of(made), made.params)
 
 
-def trained(adapter: jaxpeft.Adapter, size: float = 0.05) -> jaxpeft.Adapter:
+def moved(adapter: jaxpeft.Adapter, size: float = 0.05) -> jaxpeft.Adapter:
     """The adapter as after some training: no leaf is what it was at the start."""
     leaves, structure = jax.tree.flatten(adapter.params)
     keys = jax.random.split(jax.random.key(5), len(leaves))
-    moved = [leaf + size * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return adapter.replace(params=jax.tree.unflatten(structure, moved))
+    other = [leaf + size * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return adapter.replace(params=jax.tree.unflatten(structure, other))
+
+
+@cache
+def trained(name: str) -> jaxpeft.Adapter:
+    return moved(start(name))
 
 
 def card_of(name: str):
@@ -88,15 +94,41 @@ def model_alone(model: str, differentiate: bool):
 
 
 def run(model: str, adapter: jaxpeft.Adapter, base=None):
-    """(loss, output), gradients by group."""
-    made = given(adapter)
-    return model_alone(model, True)(made.params, made, zoo.MODELS[model]().params if base is None else base, IDS)
+    """(loss, output), gradients by group; the parameters of the adapter are its updates."""
+    base = zoo.MODELS[model]().params if base is None else base
+    return model_alone(model, True)(adapter.params, adapter, base, IDS)
 
 
-def output(model: str, adapter: jaxpeft.Adapter):
-    """What an adapted model returns."""
-    made = given(adapter)
-    return model_alone(model, False)(made.params, made, zoo.MODELS[model]().params, IDS)[1]
+def output(model: str, adapter: jaxpeft.Adapter) -> jax.Array:
+    """What an adapted model returns; the parameters of the adapter are its updates."""
+    return model_alone(model, False)(adapter.params, adapter, zoo.MODELS[model]().params, IDS)[1]
+
+
+@cache
+def computed(name: str):
+    """What a spec makes of its trained and frozen arrays, compiled: its updates, and a merged model."""
+    like, base = start(name), zoo.MODELS["plain scanned"]().params
+
+    def compute(params, constants):
+        adapter = like.replace(params=params, constants=constants)
+        return adapter.updates(), jaxpeft.merge(base, adapter) if card_of(name).mergeable else None
+
+    return jax.jit(compute)
+
+
+@cache
+def pulled_back(name: str):
+    """Gradients of the trained arrays from those of the updates, and from those of a merged model."""
+
+    def pull(params, constants, *cotangents):
+        def make(params):
+            return [floats(tree) for tree in computed(name)(params, constants)]
+
+        _, back = jax.vjp(make, params)
+        nothing = [jax.tree.map(jnp.zeros_like, part) for part in cotangents]
+        return back([cotangents[0], nothing[1]])[0], back([nothing[0], cotangents[1]])[0]
+
+    return jax.jit(pull)
 
 
 def floats(tree) -> list[jax.Array]:
@@ -104,44 +136,29 @@ def floats(tree) -> list[jax.Array]:
     return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
+def updated(name: str, adapter: jaxpeft.Adapter) -> jaxpeft.Adapter:
+    """The adapter with its updates for parameters."""
+    return given(adapter, computed(name)(adapter.params, adapter.constants)[0])
+
+
+def both(name: str, adapter: jaxpeft.Adapter):
+    """(loss, gradients of the trained arrays), computed with the updates; and the same with a merged model."""
+    updates, merged = computed(name)(adapter.params, adapter.constants)
+    (loss, _), gradients = run("plain scanned", given(adapter, updates))
+    merged_loss, of_merged = loss_of_base()(merged) if merged is not None else (None, None)
+    pulled = pulled_back(name)(adapter.params, adapter.constants, floats(gradients), floats(of_merged))
+    return (loss, pulled[0]), (merged_loss, pulled[1])
+
+
 @cache
-def pullback(name: str, through):
-    """Gradients of the trained arrays from those of what `through` makes of the adapter."""
-    like = start(name)
-
-    def pull(params, constants, cotangents):
-        def make(params):
-            return floats(through(like.replace(params=params, constants=constants)))
-
-        return jax.vjp(make, params)[1](cotangents)[0]
-
-    return jax.jit(pull)
-
-
-def updates_of(adapter: jaxpeft.Adapter):
-    return adapter.updates()
-
-
-def merged_of(adapter: jaxpeft.Adapter):
-    return jaxpeft.merge(zoo.MODELS["plain scanned"]().params, adapter)
-
-
-def fused(name: str, adapter: jaxpeft.Adapter):
-    """Loss, and gradients of the trained arrays, computed with the updates."""
-    (loss, _), gradients = run("plain scanned", adapter)
-    return loss, pullback(name, updates_of)(adapter.params, adapter.constants, floats(gradients))
+def both_when(name: str, training: str):
+    return both(name, {"start": start, "trained": trained}[training](name))
 
 
 @cache
 def loss_of_base():
     apply = zoo.MODELS["plain scanned"]().apply
     return jax.jit(jax.value_and_grad(lambda base: squared_error(apply(base, IDS))))
-
-
-def formed(name: str, adapter: jaxpeft.Adapter):
-    """The same, computed with a merged model."""
-    loss, gradients = loss_of_base()(merged_of(adapter))
-    return loss, pullback(name, merged_of)(adapter.params, adapter.constants, floats(gradients))
 
 
 @cache
@@ -161,20 +178,20 @@ def assert_trees_close(found, expected, tolerance=2e-5):
 
 @every_spec
 def test_update_is_zero_at_the_start(name) -> None:
-    if not card_of(name).mergeable:
-        (_, out), _ = run("plain scanned", start(name))
-        np.testing.assert_allclose(out, plain("plain scanned")(zoo.MODELS["plain scanned"]().params, IDS), atol=2e-4)
+    base = zoo.MODELS["plain scanned"]().params
+    _, merged = computed(name)(start(name).params, start(name).constants)
+    if merged is None:
+        out = output("plain scanned", updated(name, start(name)))
+        np.testing.assert_allclose(out, plain("plain scanned")(base, IDS), atol=2e-4)
         return
-    deltas = jaxpeft.delta(start(name), zoo.MODELS["plain scanned"]().params)
-    moved = any(bool((jnp.abs(delta) > 1e-6).any()) for delta in deltas.values())
-    assert moved != card_of(name).zero_start
+    changes = jax.tree.map(lambda new, old: float(jnp.abs(new - old).max()), merged, base)
+    assert (max(jax.tree.leaves(changes)) > 2e-6) != card_of(name).zero_start
 
 
 @every_spec
 def test_gradients_at_the_start_reach_the_zero_factor_only(name) -> None:
-    adapter = start(name)
-    _, gradients = fused(name, adapter)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(adapter.params):
+    (_, gradients), _ = both_when(name, "start")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(start(name).params):
         gradient = dict(jax.tree_util.tree_leaves_with_path(gradients))[path]
         reached = bool(jnp.abs(gradient).max() > 1e-7)
         everywhere = not card_of(name).zero_start or SPECS[name].start != "method" or path[-1].key == "magnitude"
@@ -183,67 +200,133 @@ def test_gradients_at_the_start_reach_the_zero_factor_only(name) -> None:
 
 @every_spec
 def test_trained_parameters_are_the_formulas(name) -> None:
-    adapter = start(name, "plain unrolled")
-    count = method_of(adapter.spec).count(adapter.spec, adapter.sites) + switches.count(adapter.spec, adapter.sites)
-    assert jaxpeft.count(adapter) == count == jaxpeft.summary(jax.eval_shape(lambda: adapter)).trained
+    spec, sites = SPECS[name], sites_of(zoo.MODELS["plain unrolled"]())
+    adapter = jax.eval_shape(lambda: jaxpeft.adapter.abstract(spec, sites))
+    assert jaxpeft.count(adapter) == budget.count(spec, sites) == jaxpeft.summary(adapter).trained
 
 
 @every_spec
 def test_fused_is_merged_in_values_and_gradients(name) -> None:
-    adapter = trained(start(name))
     if not card_of(name).mergeable:
         with pytest.raises(ValueError, match="no W' to form or to merge"):
-            formed(name, adapter)
+            jaxpeft.merge(zoo.MODELS["plain scanned"]().params, trained(name))
         return
-    assert_trees_close(fused(name, adapter), formed(name, adapter))
+    assert_trees_close(*both_when(name, "trained"))
+
+
+@every_spec
+def test_training_lowers_the_loss_and_the_spec_is_read_back(name) -> None:
+    adapter, optimizer = start(name), optax.adam(1e-2)
+    params, state = adapter.params, optimizer.init(adapter.params)
+    for _ in range(3):
+        (_, gradients), _ = both(name, adapter.replace(params=params))
+        updates, state = optimizer.update(gradients, state)
+        params = optax.apply_updates(params, updates)
+    assert both(name, adapter.replace(params=params))[0][0] < both_when(name, "start")[0][0]
+    described = spec_from_dict(json.loads(json.dumps(adapter.spec.to_dict())))
+    assert (described, described.to_dict()) == (adapter.spec, adapter.spec.to_dict())
+
+
+@jax.jit
+def both_deltas(update):
+    return over_stack(type(update).delta, 1)(update), over_stack(LowRank.delta, 1)(update.factors())
 
 
 @every_spec
 def test_factors_give_the_same_update(name) -> None:
-    adapter = trained(start(name))
-    for group, update in adapter.updates().items():
+    adapter = trained(name)
+    for group, update in updated(name, adapter).params.items():
         factors = update.factors()
         if factors is None:
             assert not isinstance(update, LowRank)
             continue
         rank = adapter.spec.materialized_rank(adapter.sites[group]) or factors.a.shape[1]
         assert factors.a.shape[1] == rank * (1 if adapter.spec.start == "method" else 2)
-        formed = over_stack(type(update).delta, 1)(update)
-        np.testing.assert_allclose(over_stack(LowRank.delta, 1)(factors), formed, atol=1e-5)
+        np.testing.assert_allclose(*both_deltas(update), atol=1e-5)
+
+
+@jax.jit
+def with_zeros(update, weight, x):
+    """What an update whose arrays are zero makes of a weight, and of a product with it."""
+    nothing = jax.tree.map(jnp.zeros_like, update)
+    if update.on_output:
+        return weight, over_stack(lambda update, weight: update.transform(x @ weight), 1)(nothing, weight)
+    product = over_stack(lambda update, weight: update.matmul(x, Base(weight, lambda x: x @ weight)), 1)
+    return over_stack(type(update).materialize, 1)(nothing, weight), product(nothing, weight)
+
+
+@every_structure
+def test_arrays_of_zeros_change_nothing(name) -> None:
+    """So layers that are not adapted may be filled with zeros, and a subset of layers needs no more."""
+    adapter = trained(name)
+    for group, update in updated(name, adapter).params.items():
+        sites = adapter.sites[group]
+        weight = jax.random.normal(jax.random.key(3), (sites.layers, sites.in_dim, sites.out_dim))
+        x = jax.random.normal(jax.random.key(4), (3, sites.in_dim))
+        formed, product = with_zeros(update, weight, x)
+        np.testing.assert_array_equal(formed, weight)
+        np.testing.assert_allclose(product, x @ weight, atol=1e-5)
+
+
+@every_method
+def test_a_subset_of_layers_has_the_parameters_of_the_formula(name) -> None:
+    spec = FOR_TWO_LAYERS.get(name, SPECS[name])
+    for model in ("plain scanned", "plain unrolled"):
+        sites = sites_of(zoo.MODELS[model](), [1, 3])
+        adapter = jax.eval_shape(lambda sites=sites: jaxpeft.adapter.abstract(spec, sites))
+        assert jaxpeft.count(adapter) == budget.count(spec, sites)
+
+
+@pytest.mark.parametrize("name", ["lora", "vera", "lora dora", "oft"])
+def test_a_subset_of_layers(name) -> None:
+    """Stacked, unrolled and merged agree, and the other layers keep their weights."""
+    stacked, unrolled = zoo.MODELS["plain scanned"](), zoo.MODELS["plain unrolled"]()
+    adapter = moved(jaxpeft.init(jax.random.key(1), SPECS[name], sites_of(stacked, [1, 3]), stacked.params))
+    updates, sites = adapter.updates(), sites_of(unrolled, [1, 3])
+    found = output("plain scanned", given(adapter, updates))
+    same = given(adapter.replace(sites=sites), {g.name: updates[g.name.replace("/*", "")] for g in sites})
+    np.testing.assert_allclose(found, output("plain unrolled", same), atol=2e-4)
+    merged = jaxpeft.merge(stacked.params, adapter)
+    np.testing.assert_allclose(found, plain("plain scanned")(merged, IDS), atol=2e-4)
+    for delta in jaxpeft.delta(adapter, stacked.params).values():
+        assert [bool((jnp.abs(layer) > 1e-7).any()) for layer in delta] == [False, True, False, True]
+
+
+def in_style(name: str, model: str) -> jaxpeft.Adapter:
+    """The updates of the scanned model at the sites of the same model in another style."""
+    like, sites = updated(name, trained(name)), sites_of(zoo.MODELS[model]())
+    by_module = {group.split("/")[-2]: update for group, update in like.params.items()}
+    return like.replace(params={g.name: by_module[g.name.split("/")[-2]] for g in sites}, sites=sites)
 
 
 @every_model
-@main_specs
+@every_structure
 def test_every_way_to_write_a_model(name, model) -> None:
-    """Nothing is formed, and all styles agree: scanned = unrolled, Linen = NNX = plain, in gradients too."""
-    made, like = zoo.MODELS[model](), trained(start(name))
-    sites, updates = sites_of(made), like.updates()
-    renamed = {
-        group.name: updates[next(s.name for s in like.sites if s.name.split("/")[-2] == group.name.split("/")[-2])]
-        for group in sites
-    }
-    adapter = dataclasses.replace(given(like), params=renamed, sites=sites)
-    report = jaxpeft.explain(made.apply, made.params, adapter, IDS)
-    assert not report.materialized
-    assert len(report.fused) == sum(len(group.paths) for group in sites)
-    if model == "nnx vmapped":
+    """All styles agree: scanned = unrolled, Linen = NNX = plain. A weight that had to be formed would be a warning."""
+    adapter = in_style(name, model)
+    found = output(model, adapter)
+    if model == "nnx vmapped":  # An ensemble: another function of the same weights.
         if card_of(name).mergeable:
-            merged = plain(model)(jaxpeft.merge(made.params, adapter), IDS)
-            np.testing.assert_allclose(output(model, adapter), merged, atol=2e-4)
+            merged = jaxpeft.merge(zoo.MODELS[model]().params, adapter)
+            np.testing.assert_allclose(found, plain(model)(merged, IDS), atol=2e-4)
         return
-    (_, expected), theirs = run("plain scanned", like)
-    if model != "linen scanned":
-        np.testing.assert_allclose(output(model, adapter), expected, atol=5e-4)
-        return
-    (_, out), gradients = run(model, adapter)
-    np.testing.assert_allclose(out, expected, atol=5e-4)
-    assert_trees_close(list(gradients.values()), [theirs[g.name] for g in like.sites], 1e-4)
+    (_, expected), _ = run("plain scanned", updated(name, trained(name)))
+    np.testing.assert_allclose(found, expected, atol=5e-4)
 
 
-@main_specs
+@pytest.mark.parametrize("model", [model for model in zoo.MODELS if model != "nnx vmapped"])
+@pytest.mark.parametrize("name", ["lora", "vera", "lora dora"])
+def test_gradients_in_every_way_to_write_a_model(name, model) -> None:
+    _, gradients = run(model, in_style(name, model))
+    _, expected = run("plain scanned", in_style(name, "plain scanned"))
+    by_module = {group.split("/")[-2]: gradient for group, gradient in gradients.items()}
+    assert_trees_close(by_module, {group.split("/")[-2]: gradient for group, gradient in expected.items()}, 1e-4)
+
+
+@every_method
 def test_eight_devices_are_one(name) -> None:
     """Data and tensor axes: the same loss and gradients, and no collective as large as a kernel."""
-    model, adapter = zoo.MODELS["plain scanned"](), trained(start(name))
+    model, adapter = zoo.MODELS["plain scanned"](), trained(name)
     forward = jaxpeft.adapt(model.apply)
 
     def step(params, constants, base, ids):
@@ -263,7 +346,7 @@ def test_eight_devices_are_one(name) -> None:
     params, constants = jax.device_put((adapter.params, adapter.constants), NamedSharding(mesh, P()))
     ids = jax.device_put(IDS, NamedSharding(mesh, P("data")))
     compiled = jax.jit(jax.value_and_grad(step)).lower(params, constants, base, ids).compile()
-    assert_trees_close(compiled(params, constants, base, ids), fused(name, adapter))
+    assert_trees_close(compiled(params, constants, base, ids), both_when(name, "trained")[0])
     kernel = zoo.EMBED * zoo.HIDDEN * zoo.LAYERS
     found = set()
     for line in compiled.as_text().splitlines():
@@ -274,18 +357,21 @@ def test_eight_devices_are_one(name) -> None:
     assert kernel not in found or is_formed(adapter)
 
 
-@main_specs
+@cache
+def on_eight_devices():
+    return jax.pmap(jaxpeft.adapt(zoo.MODELS["plain scanned"]().apply))
+
+
+@every_method
 def test_pmap(name) -> None:
-    model = zoo.MODELS["plain scanned"]()
-    adapter = given(trained(start(name)))
-    forward = jaxpeft.adapt(model.apply)
-    replicated = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (8, *leaf.shape)), (model.params, adapter))
-    parallel = jax.pmap(forward)(*replicated, IDS[:, None])
+    adapter = updated(name, trained(name))
+    arguments = zoo.MODELS["plain scanned"]().params, adapter
+    replicated = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (8, *leaf.shape)), arguments)
     (_, out), _ = run("plain scanned", adapter)
-    np.testing.assert_allclose(parallel[:, 0], out, atol=2e-4)
+    np.testing.assert_allclose(on_eight_devices()(*replicated, IDS[:, None])[:, 0], out, atol=2e-4)
 
 
-@main_specs
+@every_method
 def test_one_trace_whatever_alpha(name) -> None:
     traces = []
 
@@ -294,26 +380,26 @@ def test_one_trace_whatever_alpha(name) -> None:
         traces.append(adapter)
         return jaxpeft.delta(adapter, base) if card_of(name).mergeable else adapter.updates()
 
-    base, spec = zoo.MODELS["plain scanned"]().params, SPECS[name]
-    adapter = trained(start(name))
+    base, spec, adapter = zoo.MODELS["plain scanned"]().params, SPECS[name], trained(name)
     other = jaxpeft.init(jax.random.key(2), dataclasses.replace(spec, alpha=3.0), adapter.sites, base)
     first = deltas(adapter, base)
     doubled = deltas(adapter.with_alpha(2 * spec.alpha), base)
-    deltas(trained(other), base)
+    deltas(moved(other), base)
     assert len(traces) == 1
     if card_of(name).scaled and not any(spec.part(group).dora for group in adapter.sites):
         for path, delta in doubled.items():
             np.testing.assert_allclose(delta, 2 * first[path], atol=1e-5)
 
 
-@main_specs
+@every_structure
 def test_no_gradient_of_a_kernel_is_computed(name) -> None:
     """No operation of the step, forward or backward, makes an array of a kernel's own size, but where ΔW needs one."""
-    model, adapter = zoo.MODELS["plain unrolled"](), start(name, "plain unrolled")
+    model = zoo.MODELS["plain unrolled"]()
+    adapter = jax.eval_shape(lambda: jaxpeft.adapter.abstract(SPECS[name], sites_of(model)))
     forward = jaxpeft.adapt(model.apply)
 
-    def step(params, base, ids):
-        return jnp.sum(forward(base, adapter.replace(params=params), ids) ** 2)
+    def step(params, constants, base, ids):
+        return jnp.sum(forward(base, adapter.replace(params=params, constants=constants), ids) ** 2)
 
     def products(jaxpr):
         for equation in jaxpr.eqns:
@@ -322,17 +408,16 @@ def test_no_gradient_of_a_kernel_is_computed(name) -> None:
             for sub in jax.extend.core.jaxprs_in_params(equation.params):
                 yield from products(sub)
 
-    jaxpr = jax.make_jaxpr(jax.grad(step))(adapter.params, model.params, IDS[:2])
+    jaxpr = jax.make_jaxpr(jax.grad(step))(adapter.params, adapter.constants, model.params, IDS[:2])
     sizes = {int(np.prod(shape)) for shape in products(jaxpr.jaxpr)}
     assert sizes
-    assert bool(sizes & {zoo.EMBED * zoo.EMBED, zoo.EMBED * zoo.HIDDEN}) == is_formed(adapter)
+    assert bool(sizes & {zoo.EMBED * zoo.EMBED, zoo.EMBED * zoo.HIDDEN}) == is_formed(trained(name))
 
 
-@main_specs
+@every_structure
 def test_bfloat16_base_is_finite_and_close(name) -> None:
-    model = zoo.MODELS["linen scanned"]()
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
-    adapter = trained(start(name))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), zoo.MODELS["linen scanned"]().params)
+    adapter = updated(name, trained(name))
     (loss, _), gradients = run("linen scanned", adapter, half)
     (exact, _), _ = run("plain scanned", adapter)
     assert jnp.isfinite(loss)
@@ -340,30 +425,21 @@ def test_bfloat16_base_is_finite_and_close(name) -> None:
     np.testing.assert_allclose(loss, exact, rtol=0.05)
 
 
-@every_spec
+@every_structure
 def test_saved_and_loaded_after_training(name, tmp_path) -> None:
-    """Three real steps, then a round trip: same arrays, base untouched; and alpha survives."""
-    model, adapter = zoo.MODELS["plain scanned"](), start(name)
-    before = jax.tree.map(np.array, model.params)
-    optimizer = optax.adam(1e-2)
-    params, state = adapter.params, optimizer.init(adapter.params)
-    losses = []
-    for _ in range(4):
-        loss, gradients = fused(name, adapter.replace(params=params))
-        losses.append(loss)
-        updates, state = optimizer.update(gradients, state)
-        params = optax.apply_updates(params, updates)
-    assert losses[-1] < losses[0]
-    adapter = adapter.replace(params=params).with_alpha(5.0)
-    jaxpeft.save(tmp_path / "adapter", adapter, base=model.params)
-    loaded = jaxpeft.load(tmp_path / "adapter", base=model.params)
+    """The same arrays and spec come back, alpha too, and the base is untouched."""
+    base = zoo.MODELS["plain scanned"]().params
+    before = jax.tree.map(np.array, base)
+    adapter = trained(name).with_alpha(5.0)
+    jaxpeft.save(tmp_path / "adapter", adapter, base=base)
+    loaded = jaxpeft.load(tmp_path / "adapter", base=base)
     assert loaded.spec.to_dict() == adapter.spec.to_dict()
     assert loaded.sites == adapter.sites
     assert jax.tree.structure(loaded) == jax.tree.structure(adapter)
     for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(adapter), jax.tree.leaves(loaded), strict=True):
         assert old.dtype == new.dtype, path
         np.testing.assert_array_equal(old, new, err_msg=str(path))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), model.params, before))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), base, before))
 
 
 @cache
@@ -375,13 +451,12 @@ def dropped_outputs():
     return jax.jit(each)
 
 
-@main_specs
+@every_method
 def test_dropout_is_active_only_with_a_key(name) -> None:
-    adapter = trained(start(name))
-    adapter = given(adapter.replace(spec=dataclasses.replace(adapter.spec, dropout=0.5)))
-    (_, still), _ = run("plain scanned", adapter)
+    adapter = given(trained(name), updated(name, trained(name)).params, dropout=0.5)
+    (_, still), _ = run("plain scanned", updated(name, trained(name)))
     keys = jax.random.split(jax.random.key(3), 600)
-    if not all(update.additive or isinstance(update, Block | Decomposed) for update in adapter.updates().values()):
+    if not all(update.additive or isinstance(update, Block | Decomposed) for update in adapter.params.values()):
         with pytest.raises(ValueError, match="dropout"):
             dropped_outputs()(adapter, keys)
         return
@@ -391,30 +466,3 @@ def test_dropout_is_active_only_with_a_key(name) -> None:
     if not card_of(name).mergeable:  # A non-linearity does not keep the mean.
         return
     np.testing.assert_allclose(dropped.mean(axis=0), still[:1, :2], atol=0.25 * float(jnp.abs(still[:1, :2]).max()))
-
-
-@main_specs
-def test_a_subset_of_layers(name) -> None:
-    """Fused is merged, and the other layers keep their weights."""
-    model = zoo.MODELS["plain scanned"]()
-    spec = FOR_TWO_LAYERS.get(name, SPECS[name])
-    adapter = trained(jaxpeft.init(jax.random.key(1), spec, sites_of(model, [1, 3]), model.params))
-    found = output("plain scanned", adapter)
-    assert not jnp.allclose(found, plain("plain scanned")(model.params, IDS), atol=1e-3)
-    if not card_of(name).mergeable:
-        return
-    merged = jaxpeft.merge(model.params, adapter)
-    np.testing.assert_allclose(found, plain("plain scanned")(merged, IDS), atol=2e-4)
-    for group in adapter.sites:
-        module = group.name.split("/")[-2]
-        change = merged["layers"][module]["kernel"] - model.params["layers"][module]["kernel"]
-        assert [bool((jnp.abs(layer) > 1e-7).any()) for layer in change] == [False, True, False, True]
-
-
-def test_a_subset_of_layers_of_stacked_and_unrolled_models() -> None:
-    stacked, unrolled = zoo.MODELS["plain scanned"](), zoo.MODELS["plain unrolled"]()
-    adapter = trained(jaxpeft.init(jax.random.key(1), SPECS["lora"], sites_of(stacked, [1, 3])))
-    updates, sites = adapter.updates(), sites_of(unrolled, [1, 3])
-    renamed = {group.name: updates[group.name.replace("/*", "")] for group in sites}
-    same = dataclasses.replace(given(adapter), params=renamed, sites=sites)
-    np.testing.assert_allclose(output("plain scanned", adapter), output("plain unrolled", same), atol=2e-4)
