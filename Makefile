@@ -3,13 +3,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test check parity newest clean
+.PHONY: quickstart test slow check parity newest clean
 
 quickstart: .venv/train  ## install, fetch the real model and data, fine-tune, evaluate, write a report
 	$(BIN)/python -m train fit configs/quickstart.yaml
 
-test: .venv/test  ## all tests, the long ones too
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+test: .venv/test  ## every method and every module, under 15 minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+slow: .venv/test  ## the rest: every variant of every method in every style of model, runs that are killed and resumed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 check: .venv/dev  ## format, lint, types, doctests; warnings are errors
 	$(BIN)/ruff format --check .

@@ -23,18 +23,28 @@ from jaxpeft.spec import method_of
 from jaxpeft.updates import Base, Block, Decomposed, LowRank
 from jaxpeft.values import over_stack
 
+SLOW = ("linen unrolled", "nnx scanned", "nnx vmapped")
+"""Models that only `make slow` takes through every method; `make test` takes them through a few."""
+
 IDS = jax.random.randint(jax.random.key(7), (8, 5), 0, zoo.VOCAB)
 
 
 def parametrize(names):
     """Over specs; all tests of one spec go to one worker, which then computes what they share once."""
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names])
+
+    def parameter(name: str):
+        marks = [pytest.mark.xdist_group(name), *([] if name in METHODS else [pytest.mark.slow])]
+        return pytest.param(name, marks=marks)
+
+    return pytest.mark.parametrize("name", [parameter(name) for name in names])
 
 
 every_spec = parametrize(SPECS)
 every_structure = parametrize([name for name in SPECS if name in METHODS or name in STRUCTURES])
 every_method = parametrize(METHODS)
-every_model = pytest.mark.parametrize("model", zoo.MODELS.keys())
+every_model = pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in zoo.MODELS]
+)
 
 
 def test_every_method_is_in_the_common_test() -> None:
