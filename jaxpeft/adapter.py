@@ -12,7 +12,7 @@ from jax import Array
 from jaxpeft import switches
 from jaxpeft.layout import from_matrix, to_matrix
 from jaxpeft.sites import Group, Sites, flatten, nearest_paths
-from jaxpeft.spec import Spec, method_of
+from jaxpeft.spec import Spec, method_of, name_of
 from jaxpeft.updates import Update
 from jaxpeft.values import over_stack
 from jaxpeft.weights import Weights
@@ -80,19 +80,21 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> Adapter:
         384
     """
     for group in sites:
-        rules = method_of(spec.part(group))
-        if "i" not in group.layout and not rules.CARD.vectors:
-            name = rules.__name__.rpartition(".")[2]
+        part = spec.part(group)
+        if "i" not in group.layout and not method_of(part).CARD.vectors:
+            name = name_of(part)
             raise ValueError(f"{group.name} is a vector, which {name} cannot adapt; exclude it, or train it as it is")
-    if weights is not None:
-        check_base(sites, flatten(weights))
     method, frozen = method_of(spec), None if weights is None else Weights(weights, sites)
+    if frozen is not None:
+        check_base(sites, frozen.leaves)
     params, constants = method.init(key, spec, sites, frozen)
     for group in sites:
         constants[group.name]["scale"] = jnp.full(group.layers, spec.scale(group), jnp.float32)
     params, constants = switches.start(params, constants, spec, sites, frozen)
-    updates = method.updates(params, constants, spec, sites)
-    return Adapter(switches.magnitudes(params, constants, updates, spec, sites, frozen), constants, spec, sites)
+    if any(spec.part(group).dora for group in sites):  # Expanding the updates is work that no other start needs.
+        updates = method.updates(params, constants, spec, sites)
+        params = switches.magnitudes(params, constants, updates, spec, sites, frozen)
+    return Adapter(params, constants, spec, sites)
 
 
 def abstract(spec: Spec, sites: Sites) -> Adapter:

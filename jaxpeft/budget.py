@@ -9,7 +9,7 @@ import jax
 
 from jaxpeft import adapter, switches
 from jaxpeft.sites import Sites
-from jaxpeft.spec import Spec, method_of
+from jaxpeft.spec import Spec, method_of, name_of
 
 SCANNED = 4096
 """Values that are tried one by one; larger ones are reached by doubling and bisection."""
@@ -59,8 +59,7 @@ def fit_budget(spec: Spec, sites: Sites, parameters: int) -> Budget:
         >>> print(jaxpeft.fit_budget(lora.Spec(rank=1), sites, 1000))
         rank=10: 960 trained parameters, -4.00% of the budget
     """
-    method = method_of(spec)
-    name, field = method.__name__.rpartition(".")[2], method.CARD.budget
+    name, field = name_of(spec), method_of(spec).CARD.budget
     if not field:
         found = f"it trains {count(spec, sites):,} parameters here"
         raise ValueError(f"{name} has no hyper-parameter for a budget: {found}")

@@ -209,10 +209,13 @@ def _select(
     stacked: "_StackedTrees",
 ) -> list[str]:
     """Paths that one selection matches; an error if there are none."""
-    linear = [path for path in leaves if _is_linear(path, len(leaves[path].shape), stacked) or path in declared]
+
+    def linear(path: str) -> bool:
+        return path in declared or _is_linear(path, len(leaves[path].shape), stacked)
+
     if isinstance(selection, str):
         if selection == ALL_LINEAR:
-            chosen = linear
+            chosen = [path for path in leaves if linear(path)]
         else:
             pattern = _compile(selection, argument)
             chosen = [path for path in leaves if pattern.fullmatch(path)]
@@ -223,8 +226,8 @@ def _select(
         if unmatched := [name for name in names if not any(_ends_with(path, name) for path in leaves)]:
             near = "; ".join(f"{name!r}: {nearest_paths(name, leaves)}" for name in unmatched)
             raise ValueError(f"{argument} names that match nothing: {near}")
-        known = set(linear if ALL_LINEAR in selection else ())
-        chosen = [path for path in leaves if path in known or any(_ends_with(path, name) for name in names)]
+        also_linear = ALL_LINEAR in selection
+        chosen = [p for p in leaves if any(_ends_with(p, name) for name in names) or (also_linear and linear(p))]
     if not chosen:
         what = selection if isinstance(selection, str) else getattr(selection, "__name__", selection)
         raise ValueError(

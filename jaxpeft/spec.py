@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -109,11 +109,37 @@ def method_of(spec: Spec) -> ModuleType:
     return sys.modules[type(spec).__module__]
 
 
+def name_of(spec: Spec) -> str:
+    """The short name of a spec's method, for messages."""
+    return method_of(spec).__name__.rpartition(".")[2]
+
+
 def require(condition: bool, spec: Spec, field: str, expected: str) -> None:
     """Raises a ValueError that names the method, the field, what was found and what was expected."""
     if not condition:
-        method = type(spec).__module__.rpartition(".")[2]
-        raise ValueError(f"{method}.Spec: {field}={getattr(spec, field)!r}, expected {expected}")
+        raise ValueError(f"{name_of(spec)}.Spec: {field}={getattr(spec, field)!r}, expected {expected}")
+
+
+def require_divides(
+    spec: Spec, field: str, group: Group, sides: Sequence[str] = ("in", "out"), smallest: int = 1
+) -> None:
+    """Raises a ValueError, with the nearest valid value, unless a field divides the sides of a group's weights.
+
+    Args:
+        spec: any spec.
+        field: the hyper-parameter.
+        group: the weights.
+        sides: ``in``, ``out`` or both.
+        smallest: the smallest value the field may have.
+    """
+    size, dims = getattr(spec, field), {side: getattr(group, f"{side}_dim") for side in sides}
+    common = math.gcd(*dims.values())
+    if common % size:
+        near = min((n for n in range(smallest, common + 1) if common % n == 0), key=lambda n: abs(n - size))
+        found = " and ".join(f"{side}={dim}" for side, dim in dims.items())
+        raise ValueError(
+            f"{name_of(spec)}.Spec: {field}={size} does not divide {found} of {group.name}; nearest that does: {near}"
+        )
 
 
 def nearest(wanted: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxpeft.adapter import Adapter
 from jaxpeft.sites import Group
-from jaxpeft.spec import SHARED, method_of
+from jaxpeft.spec import SHARED, method_of, name_of
 from jaxpeft.table import table
 from jaxpeft.updates import Update
 from jaxpeft.values import over_stack
@@ -76,8 +76,7 @@ class Summary:
         groups = [row.group for row in self.rows if row.group is not None]
         share = self.trained / sum(group.layers * group.in_dim * group.out_dim for group in groups)
         total = f"{self.trained:,} trained parameters, {share:.3%} of the adapted weights; {self.stored_bytes:,} bytes"
-        name = type(self.spec).__module__.rpartition(".")[2]
-        return "\n".join([f"{name}.{self.spec!r}", *table(lines), total])
+        return "\n".join([f"{name_of(self.spec)}.{self.spec!r}", *table(lines), total])
 
 
 def summary(adapter: Adapter) -> Summary:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from moved import moved
 
 import jaxpeft
 
@@ -59,10 +60,7 @@ def merged_by_us(adapter: jaxpeft.Adapter, params: Any) -> list[Any]:
 
 def trained(adapter: jaxpeft.Adapter) -> jaxpeft.Adapter:
     """No leaf is what it was at the start."""
-    leaves, structure = jax.tree.flatten(adapter.params)
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return adapter.replace(params=jax.tree.unflatten(structure, moved))
+    return moved(adapter, 0.1)
 
 
 def assert_equal(ours: list[Any], theirs: list[Any], tolerance: float = 1e-6) -> None:

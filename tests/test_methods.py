@@ -14,6 +14,7 @@ import zoo
 from given import given
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from moved import moved
 from specs import FOR_TWO_LAYERS, SPECS, STRUCTURES
 
 import jaxpeft
@@ -62,17 +63,9 @@ def start(name: str) -> jaxpeft.Adapter:
     return jaxpeft.init(jax.random.key(1), SPECS[name], sites_of(made), made.params)
 
 
-def moved(adapter: jaxpeft.Adapter, size: float = 0.05) -> jaxpeft.Adapter:
-    """The adapter as after some training: no leaf is what it was at the start."""
-    leaves, structure = jax.tree.flatten(adapter.params)
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    other = [leaf + size * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return adapter.replace(params=jax.tree.unflatten(structure, other))
-
-
 @cache
 def trained(name: str) -> jaxpeft.Adapter:
-    return moved(start(name))
+    return moved(start(name), 0.05)
 
 
 def card_of(name: str):
@@ -291,7 +284,8 @@ def test_a_subset_of_layers_has_the_parameters_of_the_formula(name) -> None:
 def test_a_subset_of_layers(name) -> None:
     """Stacked, unrolled and merged agree, and the other layers keep their weights."""
     stacked, unrolled = zoo.MODELS["plain scanned"](), zoo.MODELS["plain unrolled"]()
-    adapter = moved(jaxpeft.init(jax.random.key(1), SPECS[name], sites_of(stacked, [1, 3]), stacked.params))
+    adapter = jaxpeft.init(jax.random.key(1), SPECS[name], sites_of(stacked, [1, 3]), stacked.params)
+    adapter = moved(adapter, 0.05)
     updates, sites = adapter.updates(), sites_of(unrolled, [1, 3])
     found = output("plain scanned", given(adapter, updates))
     same = given(adapter.replace(sites=sites), {g.name: updates[g.name.replace("/*", "")] for g in sites})
@@ -394,7 +388,7 @@ def test_one_trace_whatever_alpha(name) -> None:
     other = jaxpeft.init(jax.random.key(2), dataclasses.replace(spec, alpha=3.0), adapter.sites, base)
     first = deltas(adapter, base)
     doubled = deltas(adapter.with_alpha(2 * spec.alpha), base)
-    deltas(moved(other), base)
+    deltas(moved(other, 0.05), base)
     assert len(traces) == 1
     if card_of(name).scaled and not any(spec.part(group).dora for group in adapter.sites):
         for path, delta in doubled.items():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moved import moved
 
 import jaxpeft
 from jaxpeft.methods import alore, lily, lora, loramini, malora, melora, mtllora, multilora, nola, tinylora
@@ -28,14 +29,6 @@ def sites_of(layers: int = 4, **kernels: tuple[int, int]) -> jaxpeft.Sites:
     return jaxpeft.find(jax.eval_shape(lambda: tree(layers, **kernels)), layouts={".*": "lio"})
 
 
-def moved(adapter: jaxpeft.Adapter) -> jaxpeft.Adapter:
-    """No trained leaf is what it was at the start."""
-    leaves, structure = jax.tree.flatten(adapter.params)
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    leaves = [leaf + jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return adapter.replace(params=jax.tree.unflatten(structure, leaves))
-
-
 delta_of = jax.jit(jaxpeft.delta)
 
 
@@ -43,7 +36,7 @@ delta_of = jax.jit(jaxpeft.delta)
 def trained(spec, layers: int = 4, dims: tuple[int, int] = (12, 18)) -> tuple[jaxpeft.Adapter, dict, np.ndarray, float]:
     """An adapter of one kernel, its trained arrays, ΔW by layer, and the scale."""
     base, sites = tree(layers, up=dims), sites_of(layers, up=dims)
-    adapter = jax.jit(lambda base: moved(jaxpeft.init(jax.random.key(0), spec, sites, base)))(base)
+    adapter = jax.jit(lambda base: moved(jaxpeft.init(jax.random.key(0), spec, sites, base), 1.0))(base)
     params = {name: np.asarray(leaf) for name, leaf in adapter.params[NAME].items()}
     return adapter, params, np.asarray(delta_of(adapter, base)[NAME]), spec.scale(sites[NAME])
 

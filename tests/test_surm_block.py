@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from moved import moved
 
 import jaxpeft
 from jaxpeft import models
@@ -15,10 +16,7 @@ KEY, WIDTH = jax.random.key(0), 8
 
 
 def trained(adapter):
-    leaves, structure = jax.tree.flatten(adapter.params)
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    moved = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return adapter.replace(params=jax.tree.unflatten(structure, moved))
+    return moved(adapter, 0.3)
 
 
 def by_hand(h, leaves, layer):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
+from moved import moved
 
 import jaxpeft
 from jaxpeft.methods import full, lora, mixed, mos, rows, spec_from_dict
@@ -27,10 +28,7 @@ UP = "layers/*/up/kernel"
 
 
 def trained(adapter):
-    leaves, structure = jax.tree.flatten(adapter.params)
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return adapter.replace(params=jax.tree.unflatten(structure, moved))
+    return moved(adapter, 0.1)
 
 
 class TestStart:

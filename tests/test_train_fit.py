@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from moved import moved
 
 import jaxpeft
 from jaxpeft.checkpoint import Checkpoints
@@ -54,10 +55,7 @@ def made(model, tmp_path_factory):
 
 def perturbed(adapter, seed=0):
     """An adapter that changes the model: a new one does not."""
-    leaves, structure = jax.tree.flatten(adapter.params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return adapter.replace(params=jax.tree.unflatten(structure, noisy))
+    return moved(adapter, 0.2, seed)
 
 
 # --- a whole run ---

@@ -89,7 +89,7 @@ class Optimizer:
     allocator: dict[str, float | int] = field(default_factory=dict)
     """Settings of the rule of a method that chooses its ranks while it trains; see `jaxpeft.allocate`."""
     orthogonality: Rate = 0.0
-    """Weight of the orthogonality loss of AdaLoRA and IncreLoRA (their authors: 0.1 to 0.5)."""
+    """Weight of the orthogonality loss of AdaLoRA and IncreLoRA (their authors: 0.1 to 0.3)."""
 
 
 @dataclass(frozen=True)

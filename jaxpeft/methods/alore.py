@@ -63,12 +63,7 @@ class Spec(base.Spec):
 
     def check(self, group: Group) -> None:
         """Raises ValueError if the experts do not divide a group's inputs."""
-        n, dim = self.experts, group.in_dim
-        if dim % n:
-            near = min((k for k in range(1, dim + 1) if dim % k == 0), key=lambda k: abs(k - n))
-            raise ValueError(
-                f"alore.Spec: experts={n} does not divide in={dim} of {group.name}; nearest that does: {near}"
-            )
+        base.require_divides(self, "experts", group, ("in",))
 
 
 @jax.tree_util.register_dataclass

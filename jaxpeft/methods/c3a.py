@@ -12,7 +12,6 @@ from jax import Array
 
 from jaxpeft import spec as base
 from jaxpeft import structured
-from jaxpeft.methods.surm import check_divides
 from jaxpeft.sites import Sites
 from jaxpeft.structured import Circulant
 from jaxpeft.updates import Update
@@ -76,7 +75,7 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> tuple[dic
     del weights
     params = {}
     for g, group_key in zip(sites, jax.random.split(key, len(sites)), strict=True):
-        check_divides(spec, "block_size", g)
+        base.require_divides(spec, "block_size", g)
         shape = (g.layers, g.out_dim // spec.block_size, g.in_dim // spec.block_size, spec.block_size)
         if spec.init == "zeros":
             w = jnp.zeros(shape)

@@ -58,14 +58,7 @@ class Spec(base.Spec):
 
     def check(self, group: Group) -> None:
         """Raises ValueError if the mini LoRAs do not divide a group's weights."""
-        k, dims = self.mini_loras, (group.in_dim, group.out_dim)
-        if any(dim % k for dim in dims):
-            valid = [n for n in range(1, min(dims) + 1) if all(dim % n == 0 for dim in dims)]
-            near = min(valid, key=lambda n: abs(n - k))
-            raise ValueError(
-                f"melora.Spec: mini_loras={k} does not divide in={dims[0]} and out={dims[1]} of {group.name}; "
-                f"nearest that does: {near}"
-            )
+        base.require_divides(self, "mini_loras", group)
 
 
 @jax.tree_util.register_dataclass

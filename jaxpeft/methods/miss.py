@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxpeft import spec as base
-from jaxpeft.methods.surm import check_divides
 from jaxpeft.sites import Group, Sites
 from jaxpeft.updates import Base, LowRank, Update
 
@@ -70,10 +69,10 @@ class Spec(base.Spec):
         if self.rank > group.in_dim:
             raise ValueError(f"miss.Spec: rank={self.rank}, expected at most in={group.in_dim} of {group.name}")
         if self.variant == "bat":
-            check_divides(self, "rank", group)
+            base.require_divides(self, "rank", group)
             return group.out_dim // self.rank, self.rank, self.rank
         if self.variant == "mini":
-            check_divides(self, "mini_rank", group, ("out",))
+            base.require_divides(self, "mini_rank", group, ("out",))
         return self.rank, self.mini_rank or group.out_dim
 
 

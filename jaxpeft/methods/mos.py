@@ -90,14 +90,7 @@ class Spec(base.Spec):
 
     def check(self, group: Group) -> None:
         """Raises ValueError if the spec does not fit a group."""
-        shards, dims = self.shards_per_vector, (group.in_dim, group.out_dim)
-        if any(dim % shards for dim in dims):
-            valid = [n for n in range(1, min(dims) + 1) if all(dim % n == 0 for dim in dims)]
-            near = min(valid, key=lambda n: abs(n - shards))
-            raise ValueError(
-                f"mos.Spec: shards_per_vector={shards} does not divide in={dims[0]} and out={dims[1]} of {group.name}; "
-                f"nearest that does: {near}"
-            )
+        base.require_divides(self, "shards_per_vector", group)
         public = (self.equivalent_rank - self.private_rank) * group.layers
         needed = self.materialized_rank(group) - self.private_rank
         if needed > public:

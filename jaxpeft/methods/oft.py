@@ -63,13 +63,7 @@ class Spec(base.Spec):
 
     def check(self, group: Group) -> None:
         """Raises ValueError if the spec does not fit a group."""
-        if group.in_dim % self.block_size:
-            valid = [size for size in range(2, group.in_dim + 1) if group.in_dim % size == 0]
-            near = min(valid, key=lambda size: abs(size - self.block_size))
-            raise ValueError(
-                f"oft.Spec: block_size={self.block_size} does not divide in={group.in_dim} of {group.name}; "
-                f"nearest that does: {near}"
-            )
+        base.require_divides(self, "block_size", group, ("in",), smallest=2)
 
 
 @jax.tree_util.register_dataclass

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,27 +115,15 @@ class Spec(base.Spec):
         if self.rank is not None and self.kind == "ldr":
             return {"h": (self.rank, n), "g": (self.rank, n)}
         if self.rank is not None:
-            check_divides(self, "rank", group)
+            base.require_divides(self, "rank", group)
             return {"a": (self.rank, rows // self.rank), "b": (columns // self.rank, self.rank)}
         a = b = (n,) if self.kind != "toeplitz" else (rows + columns - 1,)
         if self.block is not None:
-            check_divides(self, "block", group)
+            base.require_divides(self, "block", group)
             a = b = (rows // self.block, columns // self.block, self.block)
         if self.kind == "toeplitz" and self.form == "matmul":
             a, b = (rows + n - 1,), (n + columns - 1,)
         return {"a": a} if self.form == "single" else {"a": a, "b": b}
-
-
-def check_divides(spec: base.Spec, field: str, group: Group, sides: Sequence[str] = ("in", "out")) -> None:
-    """Raises ValueError unless the spec's field, a size of blocks, divides the sides of a group's weights."""
-    size, dims = getattr(spec, field), {side: getattr(group, f"{side}_dim") for side in sides}
-    common, method = math.gcd(*dims.values()), base.method_of(spec).__name__.rpartition(".")[2]
-    if common % size:
-        near = min((k for k in range(1, common + 1) if common % k == 0), key=lambda k: abs(k - size))
-        found = " and ".join(f"{side}={dim}" for side, dim in dims.items())
-        raise ValueError(
-            f"{method}.Spec: {field}={size} does not divide {found} of {group.name}; nearest that does: {near}"
-        )
 
 
 def count(spec: Spec, sites: Sites) -> int:
