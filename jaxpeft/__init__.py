@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning for JAX and Flax by shared and structured updates."""
 
-from jaxpeft import allocate, checkpoint, loko, methods
+from jaxpeft import allocate, checkpoint, loko, methods, sharding
 from jaxpeft.adapter import Adapter, count, delta, init
 from jaxpeft.apply import MaterializeWarning, adapt, explain
 from jaxpeft.budget import Budget, fit_budget
@@ -37,5 +37,6 @@ __all__ = [
     "rite",
     "save",
     "scale_rates",
+    "sharding",
     "summary",
 ]

@@ -15,7 +15,7 @@ from jax.extend.core import primitives
 
 from jaxpeft.layout import to_matrix
 from jaxpeft.updates import Base, Update
-from jaxpeft.values import Adapted, by_layer, record
+from jaxpeft.values import Adapted, by_layer, in_auto, record
 
 
 def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
@@ -40,12 +40,11 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
         raise ValueError(f"{value.site}: an adapter behind a layer's output, but here its transpose is multiplied")
     record(value, "dot_general", fused=True)
 
-    # x as (*batched stack, *free, features) in the order of the weight's own axes.
+    outs = value.axes("i" if backwards else "o")
+    additive = all(update.additive for update in value.updates)
     x_stack = [x_batch[batched.index(axis)] for axis in stack if axis in batched]
     x_features = [x_contract[contracted.index(axis)] for axis in sorted(contracted)]
     x_free = [axis for axis in range(x.ndim) if axis not in (*x_batch, *x_contract)]
-    rows = jnp.transpose(x, [*x_stack, *x_free, *x_features])
-    rows = rows.reshape(*rows.shape[: len(x_stack) + len(x_free)], -1)
 
     def product(updates: tuple[Update, ...], matrix: Array | None, rows: Array) -> Array:
         def forward(rows: Array) -> Array:
@@ -58,9 +57,6 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
         out = jax.eval_shape(forward, like)
         return jax.linear_transpose(forward, like)(rows.astype(out.dtype))[0]
 
-    additive = all(update.additive for update in value.updates)
-    matrix = None if additive else to_matrix(value.weight, value.layout)
-
     def over(stack: Sequence[int], updates: tuple[Update, ...], matrix: Array | None, rows: Array) -> Array:
         if not stack:
             return product(updates, matrix, rows)
@@ -69,23 +65,30 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
         inner = partial(over, stack[1:])
         return jax.vmap(lambda leaves, *others: inner(join(leaves), *others), in_axes=in_axes)(leaves, matrix, rows)
 
-    with _precision(params["precision"]):
-        y = over(stack, value.updates, matrix, rows)
-    outs = value.axes("i" if backwards else "o")
-    y = y.reshape(*y.shape[:-1], *(value.weight.shape[axis] for axis in outs))
+    def computed(updates: tuple[Update, ...], weight: Array | None, x: Array) -> Array:
+        # x as (*batched stack, *free, features) in the order of the weight's own axes.
+        rows = jnp.transpose(x, [*x_stack, *x_free, *x_features])
+        rows = rows.reshape(*rows.shape[: len(x_stack) + len(x_free)], -1)
+        with _precision(params["precision"]):
+            y = over(stack, updates, None if weight is None else to_matrix(weight, value.layout), rows)
+        y = y.reshape(*y.shape[:-1], *(value.weight.shape[axis] for axis in outs))
+        # From (*stack, *free, *outs) to dot_general's own order: batch, free axes of lhs, free axes of rhs.
+        free_of_value = [("w", axis) for axis in value.order if axis not in contracted and axis not in batched]
+        free_of_x = [("x", axis) for axis in x_free]
+        have = [*(("w", axis) for axis in stack), *free_of_x, *(("w", axis) for axis in outs)]
+        want = [("w", axis) for axis in batched]
+        want += free_of_value + free_of_x if on_left else free_of_x + free_of_value
+        return jnp.transpose(y, [have.index(axis) for axis in want])
 
-    # From (*stack, *free, *outs) to dot_general's own order: batch, free axes of lhs, free axes of rhs.
-    free_of_value = [("w", axis) for axis in value.order if axis not in contracted and axis not in batched]
-    free_of_x = [("x", axis) for axis in x_free]
-    have = [*(("w", axis) for axis in stack), *free_of_x, *(("w", axis) for axis in outs)]
-    want = [("w", axis) for axis in batched]
-    want += free_of_value + free_of_x if on_left else free_of_x + free_of_value
-    y = jnp.transpose(y, [have.index(axis) for axis in want])
+    def frozen(weight: Array, x: Array) -> Array:
+        weight = jnp.transpose(weight, value.order)
+        return primitives.dot_general_p.bind(*((weight, x) if on_left else (x, weight)), **params)
+
     if not additive:
-        return y
-    weight = jnp.transpose(value.weight, value.order)
-    frozen = primitives.dot_general_p.bind(*((weight, x) if on_left else (x, weight)), **params)
-    return frozen + y.astype(frozen.dtype)
+        like = jax.eval_shape(frozen, value.weight, x)
+        return in_auto(computed, like)(value.updates, value.weight, x)
+    y = frozen(value.weight, x)
+    return y + in_auto(lambda updates, x: computed(updates, None, x).astype(y.dtype), y)(value.updates, x)
 
 
 def _dot(params: dict, matrix: Array, rows: Array) -> Array:
@@ -122,7 +125,7 @@ def add(params: dict, lhs: Any, rhs: Any) -> Any:
     record(value, "add", fused=True)
     y = primitives.add_p.bind(x, jnp.transpose(value.weight, value.order), **params)
     one = jax.tree.map(lambda leaf: jnp.squeeze(leaf, tuple(range(x.ndim - 1))), value.updates)
-    return _transformed(one, y)
+    return in_auto(_transformed, y)(one, y)
 
 
 def _precision(precision: Any) -> contextlib.AbstractContextManager:

@@ -1,6 +1,7 @@
 """What a configuration stands for: the model, the adapter and the data, ready to be trained or measured."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,9 @@ class Subject:
     """A base model and an adapter for it.
 
     Attributes:
-      mesh: all devices; base and adapter are whole on every one.
+      mesh: all devices.
       model: the language model; its functions take the parameters, so `base` is held here once.
-      base: its frozen parameters.
+      base: its frozen parameters, loaded straight to their shards.
       adapter: new, so the adapted model is the base model.
       key: random key of the dropout.
       template: turns conversations into tokens.
@@ -36,6 +37,16 @@ class Subject:
     adapter: Adapter
     key: jax.Array
     template: Template
+
+    @property
+    def shardings(self) -> Any:
+        """How the base lies on the mesh."""
+        return jaxpeft.sharding.of(self.base)
+
+    @property
+    def stored(self) -> Adapter:
+        """How an adapter lies on the mesh."""
+        return jaxpeft.sharding.adapter(self.adapter, self.shardings)
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Job(Subject):
 
 def subject(config: Config, weights: bool = True) -> Subject:
     """Loads the model and makes the adapter; without `weights`, both are shapes only."""
-    mesh = devices.data_mesh()
+    mesh = devices.mesh(config.mesh)
     try:
         model = models.pretrained(config.model.name, dtype=config.model.dtype, mesh=mesh, weights=weights)
     except ValueError as error:  # no such model, or files that are not one
@@ -81,14 +92,19 @@ def subject(config: Config, weights: bool = True) -> Subject:
         return jaxpeft.init(key, config.method, found, weights=base)
 
     try:
-        adapter = make(adapter_key, model.params) if weights else jax.eval_shape(make, adapter_key, model.params)
+        adapter = jax.eval_shape(make, adapter_key, model.params)
+        stored = jaxpeft.sharding.adapter(adapter, jaxpeft.sharding.of(model.params))
+        if weights:
+            adapter = jax.jit(make, out_shardings=stored)(adapter_key, model.params)
+        else:
+            adapter = devices.shapes(adapter, stored)
     except ValueError as error:  # hyper-parameters that are valid, but not for these weights
         raise ConfigError([f"method: {error}"]) from None
     return Subject(
         mesh=mesh,
         model=model,
         base=model.params,
-        adapter=devices.replicate(adapter, mesh) if weights else devices.shapes(adapter, mesh),
+        adapter=adapter,
         key=dropout_key,
         template=Template(model.tokenizer, config.data.template),
     )
@@ -102,6 +118,19 @@ def sites(config: Config, params: Any) -> jaxpeft.Sites:
         raise ConfigError([f"sites: {error}"]) from None
 
 
+def check_batch(config: Config, mesh: Mapping[str, int]) -> None:
+    """Raises ConfigError unless the batch can be split over a mesh of these sizes."""
+    parts = math.prod(mesh[axis] for axis in devices.ROWS)
+    at_a_time = config.train.batch_size // config.train.accumulate
+    if at_a_time % parts:
+        raise ConfigError(
+            [
+                f"train.batch_size: {at_a_time} sequences at a time (batch_size / accumulate) cannot be split evenly "
+                f"over {parts} devices (mesh data x fsdp); use a multiple of {parts * config.train.accumulate}"
+            ]
+        )
+
+
 def assemble(config: Config, weights: bool = True) -> Job:
     """Everything a run needs; without `weights`, model and adapter are shapes only.
 
@@ -109,20 +138,13 @@ def assemble(config: Config, weights: bool = True) -> Job:
       ConfigError: a batch cannot be split over the devices.
       DataError, DownloadError, TemplateError: the data cannot be used.
     """
-    at_a_time = config.train.batch_size // config.train.accumulate
-    if at_a_time % jax.device_count():
-        raise ConfigError(
-            [
-                f"train.batch_size: {at_a_time} sequences at a time (batch_size / accumulate) cannot be split evenly "
-                f"over {jax.device_count()} devices; use a multiple of {jax.device_count() * config.train.accumulate}"
-            ]
-        )
+    check_batch(config, devices.sizes(config.mesh, jax.device_count()))
     train_rows, held_out = rows.load(config.data)
     made = subject(config, weights)
     _, examples, train_note = data.encode(train_rows, made.template, config.data)
     held_out, held_out_examples, held_out_note = data.encode(held_out, made.template, config.data)
     lengths = data.input_lengths(examples)
-    batches = data.plan(lengths, config.data, config.train)
+    batches = data.plan(lengths, config.data, config.train, math.lcm(data.MULTIPLE, made.mesh.shape["sequence"]))
     optimizer = optim.optimizer(config.optimizer, len(batches), config.method)
     try:
         jax.eval_shape(optimizer.init, made.adapter.params)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxpeft.models import generate as generation
 from jaxpeft.models.config import Config
-from jaxpeft.models.decoder import Decoder
+from jaxpeft.models.decoder import Decoder, split_over
 
 # Above this many bytes of float32 logits, "auto" cuts the loss into pieces and computes the logits a second time in the
 # backward pass.
@@ -126,8 +126,8 @@ class LanguageModel:
           positions: as in `logits`.
           segment_ids: as in `logits`.
           chunk: positions of a row whose logits exist at one time; the backward pass computes them once more. None
-            holds all logits and computes them once. ``"auto"`` is None up to 512 MiB of logits, and beyond that
-            the chunk that takes so much. Rows are not cut, so a batch sharded over a mesh stays as it is.
+            holds all logits and computes them once. ``"auto"`` is None up to 512 MiB of logits on a device, and beyond
+            that the chunk that takes so much. Rows are not cut, so a batch sharded over a mesh stays as it is.
 
         Returns:
           (B, S) float32.
@@ -136,7 +136,8 @@ class LanguageModel:
         hidden = decoder.hidden(tokens, positions=positions, segment_ids=segment_ids)
         batch, length = tokens.shape
         if chunk == "auto":
-            chunk = max(1, _LOGITS_BYTES // (4 * self.config.vocab_size * batch))
+            shards = split_over("batch", batch) | split_over("features", self.config.vocab_size)
+            chunk = max(1, _LOGITS_BYTES * math.prod(shards.values()) // (4 * self.config.vocab_size * batch))
         pieces = 1 if chunk is None else -(-length // chunk)
         if pieces == 1:
             return _negative_log_likelihood(decoder.logits(hidden), targets)
