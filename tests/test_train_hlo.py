@@ -235,6 +235,7 @@ def test_asynchronous_pairs_count_once(typed) -> None:
     operand = "f32[4]{0} %p" if typed else "%p"
     found = program(
         "%p = f32[4]{0} parameter(0)",
+        "%n = token[] after-all()",
         f"%g = (f32[4]{{0}}, f32[8]{{0}}) all-gather-start({operand}), replica_groups={{{{0,1}}}}, dimensions={{0}}",
         "%h = f32[8]{0} all-gather-done(%g)",
         f"%r = f32[4]{{0}} all-reduce-start({operand}), replica_groups={{{{0,1}}}}, to_apply=%sum",
@@ -243,20 +244,28 @@ def test_asynchronous_pairs_count_once(typed) -> None:
         "%d = f32[4]{0} collective-permute-done(%c)",
         "%e = ((f32[4]{0}), f32[2]{0}, s32[]) async-start(%p), calls=%wrapped",
         "%f = ((f32[4]{0}), f32[2]{0}, s32[]) async-update(%e)",
-        "ROOT %o = f32[2]{0} async-done(%f)",
+        "%o = f32[2]{0} async-done(%f)",
+        "%k = ((f32[4]{0}, token[]), f32[8]{0}) call-start(%p, %n), to_apply=%other",
+        "ROOT %l = f32[8]{0} call-done(%k)",
         before=SUM
         + """
 %wrapped (q: f32[4]) -> f32[2] {
   %q = f32[4]{0} parameter(0)
   ROOT %t = f32[2]{0} reduce-scatter(%q), replica_groups={{0,1}}, dimensions={0}, to_apply=%sum
 }
+
+%other (u: f32[4], v: token[]) -> f32[8] {
+  %u = f32[4]{0} parameter(0)
+  %v = token[] parameter(1)
+  ROOT %w = f32[8]{0} all-gather(%u), replica_groups={{0,1}}, dimensions={0}
+}, execution_thread="sparsecore"
 """,
     )
-    kinds = ["all-gather", "all-reduce", "collective-permute", "reduce-scatter"]
+    kinds = ["all-gather", "all-reduce", "collective-permute", "reduce-scatter", "all-gather"]
     assert [each.kind for each in found.collectives] == kinds
-    assert [each.results[0].dims for each in found.collectives] == [(8,), (4,), (4,), (2,)]
-    assert [each.link_bytes for each in found.collectives] == [16, 16, 16, 8]
-    assert found.memory_bytes == (16 + 32) + (16 + 16) + (16 + 16) + (16 + 8)
+    assert [each.results[0].dims for each in found.collectives] == [(8,), (4,), (4,), (2,), (8,)]
+    assert [each.link_bytes for each in found.collectives] == [16, 16, 16, 8, 16]
+    assert found.memory_bytes == (16 + 32) + (16 + 16) + (16 + 16) + (16 + 8) + (16 + 32)
 
 
 def test_a_combined_all_reduce_lists_its_operands() -> None:

@@ -115,5 +115,7 @@ def _instruction(
         found = collectives.read(computation, one, module.devices, fused=fused)
         return Costs(memory_bytes=memory, collectives=(found,))
     own = Costs(matrices.flops(computation, one), memory)
-    inner = called("calls", "called_computations", known={}, fused=True)
+    # Newer TPUs have collectives carried out by other cores: a call that starts, to a computation that holds just one.
+    applied = ["to_apply"] if one.opcode == "call-start" else []
+    inner = called("calls", "called_computations", *applied, known={}, fused=True)
     return Costs.total([own, *inner]) if inner else own
