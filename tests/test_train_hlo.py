@@ -121,6 +121,7 @@ def test_all_reduce_of_a_sharded_contraction(mesh, axis, group) -> None:
     found = costs.analyse(text)
     (reduced,) = found.collectives
     assert (reduced.kind, reduced.group, reduced.times, reduced.depth) == ("all-reduce", group, 1, 0)
+    assert collectives.along(group, dict(mesh.shape)) == (axis if isinstance(axis, tuple) else (axis,))
     assert reduced.operands == reduced.results == (Shape("f32", (4, 16)),)
     assert reduced.link_bytes == 2 * 4 * 16 * 4 * (len(group) - 1) / len(group)
     assert found.flops == 2 * 4 * 64 * 16 / len(group)

@@ -44,11 +44,18 @@ def test_compilers_that_are_not_installed(monkeypatch) -> None:
     with pytest.raises(topology.TopologyError, match=r"v5e:2x2: .* pip install 'jaxpeft\[plan\]'"):
         topology.named("v5e:2x2")
 
+    with pytest.raises(topology.TopologyError, match=r"cuda:1x1x8: .* pip install 'jax\[cuda13\]'"):
+        topology.named("cuda:1x1x8")
+
+
+def test_a_compiler_that_failed_to_load(monkeypatch) -> None:
     def unknown(**options):
         raise NotImplementedError("topology not implemented for cuda")
 
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(topology.topologies, "get_topology_desc", unknown)
-    with pytest.raises(topology.TopologyError, match=r"cuda:1x1x8: .* pip install 'jax\[cuda13\]'"):
+    with pytest.raises(topology.TopologyError, match="was not loaded; without a GPU, set JAX_PLATFORMS=cpu"):
         topology.named("cuda:1x1x8")
 
 

@@ -178,3 +178,14 @@ def _along_axes(axes: str, ids: str | None, grouped: str) -> tuple[int, ...]:
         step = strides[name] * (sizes[name] // (int(before) * count) if size else 1)
         taken = [position + index * step for position in taken for index in range(count)]
     return tuple(int(order.flat[position]) for position in taken)
+
+
+def along(group: tuple[int, ...], axes: dict[str, int]) -> tuple[str, ...]:
+    """The axes of a mesh that a group of its devices extends along, perhaps over a part of each.
+
+    Examples:
+      >>> along((0, 2, 4, 6), {"data": 4, "model": 2})
+      ('data',)
+    """
+    places = np.array(np.unravel_index(group, tuple(axes.values())))
+    return tuple(axis for axis, place in zip(axes, places, strict=True) if (place != place[0]).any())

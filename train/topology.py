@@ -151,10 +151,15 @@ def _tpu(name: str, generation: str, shape: str) -> Topology:
 def _cuda(name: str, shape: str) -> Topology:
     if shape.count("x") != 2:
         raise TopologyError(f"{name!r}: expected slices x hosts x GPUs, as in cuda:1x1x8")
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise TopologyError(f"{name}: the GPU's compiler is not installed: pip install 'jax[cuda13]'")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the plugin's, of the driver that is not there
     try:
         found = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology=shape)
-    except NotImplementedError as error:  # what JAX raises without the plugin
-        raise TopologyError(f"{name}: the GPU's compiler is not installed: pip install 'jax[cuda13]'") from error
+    except NotImplementedError as error:  # The plugin failed earlier, when JAX looked for a GPU.
+        raise TopologyError(
+            f"{name}: the GPU's compiler was not loaded; without a GPU, set JAX_PLATFORMS=cpu"
+        ) from error
     return Topology(name, "cuda", tuple(found.devices), CHIPS["H100 SXM"])
 
 
