@@ -473,7 +473,7 @@ def test_what_a_tpu_keeps_in_vmem_is_no_traffic() -> None:
 def test_unknown_opcodes_and_names_without_signs() -> None:
     found = program(
         "p = f32[8,4]{1,0} parameter(0)",
-        "q = (f32[8,4]{1,0}, token[]) surprise(f32[8,4]{1,0} p), answer={42}",
+        "q = (f32[8,4]{1,0}, token[]) surprise(f32[8,4]{1,0} p), answer={42}, calls=%nothing",
         "r = f32[8,4]{1,0} get-tuple-element(q), index=0",
         "ROOT c = f32[8,8]{1,0} dot(r, p), lhs_contracting_dims={1}, rhs_contracting_dims={1}",
     )

@@ -94,8 +94,8 @@ def _instruction(
     """The costs of an instruction with everything it calls."""
 
     def called(*attributes: str, known: trips.Known, fused: bool) -> list[Costs]:
-        names = one.called(*attributes)
-        return [_computation(module, module.computations[name], known, fused=fused) for name in names]
+        found = (module.computations.get(name) for name in one.called(*attributes))
+        return [_computation(module, each, known, fused=fused) for each in found if each is not None]
 
     if one.opcode == "while":
         times = trips.trip_count(module, computation, one, known)
