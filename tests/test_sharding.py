@@ -66,15 +66,11 @@ def test_rules():
 
 def test_rules_that_do_not_fit_say_so():
     params = zoo.MODELS["plain scanned"]().params
-    with pytest.raises(
-        ValueError, match=r"layers/up/kernel: axis 2 of shape \(4, 12, 18\) cannot be split into 4 parts"
-    ):
+    with pytest.raises(ValueError, match=r"layers/down/kernel: axis 1 of shape \(4, 18, 12\) .* into 4 parts"):
         sharding.from_rules(params, mesh_of(fsdp=2, tensor=4), RULES)
     lenient = sharding.from_rules(params, mesh_of(fsdp=2, tensor=4), RULES, strict=False)
     assert lenient["layers"]["up"]["kernel"].spec == P(None, "fsdp", None)
-    with pytest.raises(
-        ValueError, match=r"fits an array of this tree; 'updown/kernel': nearest: layers/(up|down)/kernel"
-    ):
+    with pytest.raises(ValueError, match=r"fits an array of this tree; 'updown/kernel': nearest: layers/"):
         sharding.from_rules(params, mesh_of(fsdp=8), [("updown/kernel", P("fsdp"))])
     with pytest.raises(ValueError, match=r"norm/scale has shape \(4, 12\), but its sharding rule .* has 3 axes"):
         sharding.from_rules(params, mesh_of(fsdp=8), [("norm", P(None, None, "fsdp"))])
@@ -97,7 +93,7 @@ def test_factors_lie_as_kernels_and_pools_are_whole():
 
     model, adapter = scanned(mos.Spec(rank=3, equivalent_rank=2, shards_per_vector=2))
     stored = sharding.adapter(adapter, placed)
-    assert all(at.spec == P() for at in jax.tree.leaves((stored.params, stored.constants)))
+    assert not any(any(at.spec) for at in jax.tree.leaves((stored.params, stored.constants)))
     with_magnitudes = sharding.adapter(scanned(lora.Spec(rank=3, dora=True))[1], placed)
     assert with_magnitudes.params["layers/up/kernel"]["magnitude"].spec == P(None, "tensor")
 
@@ -230,7 +226,6 @@ def test_embeddings_tied_heads_and_formed_weights():
 
 def test_a_mesh_of_explicit_axes():
     """Shardings are in the types there: nothing has to be passed, and every result has the model's own type."""
-    model, adapter = scanned(SPECS["mos"])
     mesh = mesh_of(AxisType.Explicit, data=4, tensor=2)
 
     def apply(base, x):
