@@ -137,8 +137,10 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # If a process is gone, what the others wait for to complete a save will not happen.
+        if jax.process_count() == 1 or kind is None or not issubclass(kind, jax.errors.JaxRuntimeError):
+            self._manager.close()
 
     def latest(self) -> int | None:
         """The newest complete step; None if there is none."""

@@ -355,7 +355,7 @@ LONG = (
 
 
 class Run:
-    """A run in a process of its own, on one device."""
+    """A run in processes of its own."""
 
     def __init__(self, model, folder, cache, *overrides):
         path = folder.parent / f"{folder.name}.yaml"

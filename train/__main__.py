@@ -4,16 +4,18 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 NOTES = """exit codes: 0 done; 1 something could not be used (said on stderr); 2 mistakes in the configuration or
-the command; 3 the loss is not finite; 143 stopped by SIGTERM or Ctrl-C after a checkpoint, the same command goes on
+the command; 3 the loss is not finite; 4 another process is gone, the same commands go on; 143 stopped by SIGTERM or
+Ctrl-C after a checkpoint, the same command goes on
 
 several processes: set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each; the first one
-writes, and all need the run folder"""
+writes, and all need the run folder. One that does not answer for JAXPEFT_HEARTBEAT_SECONDS (60) counts as gone"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,31 +31,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Remarks on ordinary things: an adapter is read without wanting to change its folder; PyTorch is not installed.
     logging.getLogger("absl").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if hasattr(options, "prepare"):
+        options.prepare(options)
     # Below the parser: --help should not wait for JAX.
     import jax
 
     from jaxpeft.checkpoint import CheckpointError
-    from train import loop
+    from train import loop, processes
     from train.builtin import DownloadError
     from train.config import ConfigError
     from train.rows import DataError
     from train.run import RunError
     from train.template import TemplateError
 
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        processes, number = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-        jax.distributed.initialize(
-            num_processes=int(processes) if processes else None, process_id=int(number) if number else None
-        )
-        console.quiet = jax.process_index() > 0
     try:
-        options.command(options, console)
+        with processes.together(orderly=(loop.Stopped, loop.Diverged)):
+            console.quiet = jax.process_index() > 0
+            options.command(options, console)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     except loop.Diverged as error:
         print(error, file=sys.stderr)
         return 3
+    except processes.Lost as error:
+        print(error, file=sys.stderr)
+        return 4
     except loop.Stopped as error:
         print(error, file=sys.stderr)
         return 143
@@ -232,5 +235,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _exit() -> None:
+    """Runs the command, and leaves the other processes, if there are any, as `processes.leave` says."""
+    try:
+        code = main()
+    except (KeyboardInterrupt, Exception):
+        traceback.print_exc()
+        code = 1
+    if "jax" in sys.modules:
+        from train import processes
+
+        processes.leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit()
