@@ -1,5 +1,6 @@
 """What a configuration stands for: the model, the adapter and the data, ready to be trained or measured."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Subject:
       base: its frozen parameters, loaded straight to their shards.
       adapter: new, so the adapted model is the base model.
       key: random key of the dropout.
-      template: turns conversations into tokens.
+      template: turns conversations into tokens; None where all is shapes.
     """
 
     mesh: Mesh
@@ -36,7 +37,7 @@ class Subject:
     base: Any
     adapter: Adapter
     key: jax.Array
-    template: Template
+    template: Template | None = None
 
     @property
     def shardings(self) -> Any:
@@ -49,7 +50,7 @@ class Subject:
         return jaxpeft.sharding.adapter(self.adapter, self.shardings)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job(Subject):
     """A subject and the data it is trained on and measured by.
 
@@ -77,37 +78,54 @@ class Job(Subject):
 def subject(config: Config, weights: bool = True) -> Subject:
     """Loads the model and makes the adapter; without `weights`, both are shapes only."""
     mesh = devices.mesh(config.mesh)
-    try:
-        model = models.pretrained(config.model.name, dtype=config.model.dtype, mesh=mesh, weights=weights)
-    except ValueError as error:  # no such model, or files that are not one
-        raise ConfigError([f"model.name: {error}"]) from None
+    model = _pretrained(config, mesh, weights)
     # Made on the mesh, because a random key cannot be moved to other processes.
     keys = jax.jit(
         lambda: tuple(jax.random.split(jax.random.key(config.train.seed))), out_shardings=devices.everywhere(mesh)
     )
     adapter_key, dropout_key = keys()
+    adapter = _adapter(config, model, adapter_key, weights)
+    return Subject(mesh, model, model.params, adapter, dropout_key, Template(model.tokenizer, config.data.template))
+
+
+def of_shapes(config: Config, mesh: Mesh) -> Subject:
+    """A subject of shapes on any mesh, its devices present or not; without a tokenizer, where files are not needed."""
+    if config.model.name in models.ARCHITECTURES:
+        architecture = models.ARCHITECTURES[config.model.name]
+        numerics = {"dtype": config.model.dtype, "param_dtype": config.model.dtype, "remat": config.model.remat}
+        shape = dataclasses.replace(architecture, **numerics)
+        model = models.shapes(shape, mesh=mesh, source=config.model.name)
+    else:
+        model = _pretrained(config, mesh, weights=False)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=devices.everywhere(mesh))
+    return Subject(mesh, model, model.params, _adapter(config, model, key, weights=False), key)
+
+
+def _pretrained(config: Config, mesh: Mesh, weights: bool) -> models.LanguageModel:
+    name, dtype = config.model.name, config.model.dtype
+    try:
+        model = models.pretrained(name, dtype=dtype, mesh=mesh, weights=weights)
+    except ValueError as error:  # no such model, or files that are not one
+        raise ConfigError([f"model.name: {error}"]) from None
+    return model.with_config(remat=config.model.remat)
+
+
+def _adapter(config: Config, model: models.LanguageModel, key: Any, weights: bool) -> Adapter:
+    """A new adapter where it belongs on the model's mesh, or its shapes."""
     found = sites(config, model.params)
 
     def make(key: jax.Array, base: Any) -> Adapter:
         return jaxpeft.init(key, config.method, found, weights=base)
 
     try:
-        adapter = jax.eval_shape(make, adapter_key, model.params)
-        stored = jaxpeft.sharding.adapter(adapter, jaxpeft.sharding.of(model.params))
+        shapes = jax.eval_shape(make, key, model.params)
+        stored = jaxpeft.sharding.adapter(shapes, jaxpeft.sharding.of(model.params))
         if weights:
-            adapter = jax.jit(make, out_shardings=stored)(adapter_key, model.params)
-        else:
-            adapter = devices.shapes(adapter, stored)
+            return jax.jit(make, out_shardings=stored)(key, model.params)
+        return devices.shapes(shapes, stored)
     except ValueError as error:  # hyper-parameters that are valid, but not for these weights
         raise ConfigError([f"method: {error}"]) from None
-    return Subject(
-        mesh=mesh,
-        model=model,
-        base=model.params,
-        adapter=adapter,
-        key=dropout_key,
-        template=Template(model.tokenizer, config.data.template),
-    )
 
 
 def sites(config: Config, params: Any) -> jaxpeft.Sites:

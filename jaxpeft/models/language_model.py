@@ -11,10 +11,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
+from jaxpeft import sharding
 from jaxpeft.models import generate as generation
 from jaxpeft.models.config import Config
 from jaxpeft.models.decoder import Decoder, split_over
+from jaxpeft.sharding import Rules
+
+# The mesh axes of the parameters. Products alternate between splitting the output and the input over "tensor", so that
+# one reduction follows each pair.
+DEFAULT_RULES: Rules = (
+    (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
+    (r"lm_head/kernel", PartitionSpec("fsdp", "tensor")),
+    (r"(q|k|v|gate|up)_proj/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"(o|down)_proj/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"(q|k|v|gate|up)_proj/bias", PartitionSpec(None, "tensor")),
+    (r"", PartitionSpec()),
+)
 
 # Above this many bytes of float32 logits, "auto" cuts the loss into pieces and computes the logits a second time in the
 # backward pass.
@@ -53,6 +67,28 @@ def random(config: Config, key: jax.Array) -> LanguageModel:
         return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(key))))
 
     return LanguageModel(config, init(key), source="random")
+
+
+def shapes(config: Config, *, mesh: Mesh | None = None, rules: Rules | None = None, source: str = "") -> LanguageModel:
+    """A model of `jax.ShapeDtypeStruct`s, without memory: for counts and for compiling ahead of time.
+
+    Args:
+      config: architecture and numerics.
+      mesh: where the parameters would lie, as in `jaxpeft.models.load`; nowhere by default.
+      rules: as in `jaxpeft.models.load`.
+      source: what to call it.
+
+    >>> from jaxpeft.models import ARCHITECTURES
+    >>> shapes(ARCHITECTURES["meta-llama/Llama-2-7b-hf"]).num_params
+    6738415616
+    """
+    params = abstract(config)
+    if mesh is not None:
+        placed = sharding.from_rules(params, mesh, DEFAULT_RULES if rules is None else rules, strict=rules is not None)
+        params = jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), params, placed
+        )
+    return LanguageModel(config, params, source=source)
 
 
 # Compared by identity, so that jax.jit takes the bound methods.

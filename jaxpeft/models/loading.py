@@ -11,23 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxpeft import sharding as placing
 from jaxpeft.models.config import Config
-from jaxpeft.models.language_model import LanguageModel, abstract
+from jaxpeft.models.language_model import DEFAULT_RULES, LanguageModel, abstract
 from jaxpeft.sharding import Rules
 from jaxpeft.sites import flatten, paths_and_leaves
-
-# Products alternate between splitting the output and the input over "tensor", so that one reduction follows each pair.
-DEFAULT_RULES: Rules = (
-    (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
-    (r"lm_head/kernel", PartitionSpec("fsdp", "tensor")),
-    (r"(q|k|v|gate|up)_proj/kernel", PartitionSpec(None, "fsdp", "tensor")),
-    (r"(o|down)_proj/kernel", PartitionSpec(None, "tensor", "fsdp")),
-    (r"(q|k|v|gate|up)_proj/bias", PartitionSpec(None, "tensor")),
-    (r"", PartitionSpec()),
-)
 
 # Written by older versions of transformers, and computed from the configuration here.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|attn\.bias$")
