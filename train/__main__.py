@@ -2,7 +2,9 @@
 
 import argparse
 import logging
+import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -149,9 +151,12 @@ def _methods(options: argparse.Namespace, console: Console) -> None:
 def _simulate(options: argparse.Namespace) -> None:
     """What has to be in the environment before JAX is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if options.cpu:
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.cpu}"
-        os.environ["XLA_FLAGS"] = flags.strip()
+    # As many as the largest machine has: what no chip has room for is compiled for them.
+    chips = [
+        math.prod(map(int, re.findall(r"\d+", name.partition(":")[2]))) for name in options.topology or ["v5e:4x4"]
+    ]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.cpu or max(chips)}"
+    os.environ["XLA_FLAGS"] = flags.strip()
 
 
 def _plan(options: argparse.Namespace, console: Console) -> None:

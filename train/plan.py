@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxpeft
 from jaxpeft.methods import METHODS, TYPICAL
-from jaxpeft.spec import name_of
+from jaxpeft.spec import name_of, nearest
 from jaxpeft.table import table
 from train import costs, data, devices, hlo, job, optim, topology
 from train.config import Config, ConfigError
@@ -56,6 +56,7 @@ class Plan:
       compile_seconds: tracing and compiling.
       buffers: the largest arrays.
       remedies: what was tried where it does not fit, and the peak with it.
+      seen_on: where it does not fit, the devices with more memory that it was compiled for instead.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Plan:
     compile_seconds: float
     buffers: tuple[Buffer, ...] = ()
     remedies: tuple[tuple[str, int | None, bool], ...] = ()
+    seen_on: str = ""
 
     @property
     def bound(self) -> str:
@@ -122,10 +124,10 @@ def plan(config: Config, machine: Topology, *, remedies: bool = True) -> Plan:
 
 def plans(config: Config, machines: Sequence[Topology], methods: Sequence[str]) -> Iterator[Plan]:
     """A plan for each machine and method; the configuration's own method is as configured, others are typical."""
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise ConfigError([f"--methods: unknown method {name!r}; {nearest(name, METHODS)}" for name in unknown])
     for machine in machines:
         for name in methods or (name_of(config.method),):
-            if name not in METHODS:
-                raise ConfigError([f"--methods: unknown method {name!r}; one of {', '.join(METHODS)}"])
             spec = config.method if name == name_of(config.method) else TYPICAL[name]
             one = len(machines) == len(methods or "1") == 1
             yield plan(dataclasses.replace(config, method=spec), machine, remedies=one)
@@ -164,18 +166,15 @@ class _Step:
 
     def describe(self, program: topology.Program) -> Plan:
         memory, text = program.compiled.memory_analysis(), program.compiled.as_text()
-        cost, device = costs.analyse(text), self.machine.device
+        cost = costs.analyse(text)
+        peak = memory.peak_memory_in_bytes
+        if self.machine.platform == "cpu":  # Whose analysis leaves out what a step makes.
+            peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         sent = cost.link_bytes()
-        terms = {}
-        if device is not None:
-            terms = {
-                "compute": cost.flops / device.flops,
-                "memory": cost.memory_bytes / device.hbm_bandwidth,
-                "links": sum(sent.values()) / device.link_bandwidth,
-            }
+        terms = self.terms(cost.flops, cost.memory_bytes, sum(sent.values()))
         return self._plan(
-            fits=memory.peak_memory_in_bytes <= self.available,
-            peak_bytes=memory.peak_memory_in_bytes,
+            fits=peak <= self.available,
+            peak_bytes=peak,
             temporary_bytes=memory.temp_size_in_bytes,
             flops=cost.flops,
             memory_bytes=cost.memory_bytes,
@@ -187,12 +186,21 @@ class _Step:
             buffers=_largest(text),
         )
 
-    def unknown(self, seconds: float) -> Plan:
+    def terms(self, flops: float, memory_bytes: float, link_bytes: float) -> dict[str, float]:
+        """Seconds that each resource of the chip needs at least; nothing is known of a CPU's."""
+        device = self.machine.device
+        if device is None:
+            return {}
+        return {
+            "compute": flops / device.flops,
+            "memory": memory_bytes / device.hbm_bandwidth,
+            "links": link_bytes / device.link_bandwidth,
+        }
+
+    def unknown(self) -> Plan:
         """What is known of a step that no compiler could place."""
         nothing = dict.fromkeys(("peak_bytes", "temporary_bytes", "flops", "memory_bytes", "ici_bytes"))
-        return self._plan(
-            fits=False, **nothing, collectives={}, roofline_seconds=None, terms={}, compile_seconds=seconds
-        )
+        return self._plan(fits=False, **nothing, collectives={}, roofline_seconds=None, terms={}, compile_seconds=0.0)
 
     @property
     def available(self) -> float:
@@ -220,39 +228,31 @@ class _Step:
 
 
 def _with_room(config: Config, machine: Topology, error: OutOfMemory) -> Plan:
-    """The plan of a step that does not fit, seen on as many devices of a chip with more memory."""
-    seconds = 0.0
+    """The plan of a step that does not fit, seen on as many devices with more memory."""
+    asked = _Step(config, machine)
     for roomy in _roomier(machine):
         step = _Step(config, roomy)
         try:
-            program = step.compile(roomy)
+            seen = step.describe(step.compile(roomy))
         except OutOfMemory as again:
             error = again
             continue
-        seen = step.describe(program)
-        asked = _Step(config, machine)
-        device = machine.device
-        assert device is not None
-        terms = {
-            "compute": seen.flops / device.flops,
-            "memory": seen.memory_bytes / device.hbm_bandwidth,
-            "links": seen.ici_bytes / device.link_bandwidth,
-        }
+        terms = asked.terms(seen.flops, seen.memory_bytes, seen.ici_bytes)
         return dataclasses.replace(
             seen,
             topology=machine.name,
+            seen_on=roomy.name,
             fits=False,
             hbm_bytes=asked.available,
             terms=terms,
             roofline_seconds=max(terms.values()),
         )
-    found = _Step(config, machine).unknown(seconds)
     listed = tuple(Buffer(int(each.bytes), each.shape, each.op_name) for each in error.allocations)
-    return dataclasses.replace(found, buffers=listed or tuple(_arguments(config, machine)))
+    return dataclasses.replace(asked.unknown(), buffers=listed)
 
 
 def _roomier(machine: Topology) -> Iterator[Topology]:
-    """As many devices of TPUs with more memory, the smallest first."""
+    """As many devices with more memory: TPUs, the smallest first; at last this process's CPU, if it has as many."""
     for generation in ROOM:
         chip = topology.CHIPS[generation]
         if machine.device is None or chip.per_device.hbm_bytes <= machine.device.hbm_bytes:
@@ -261,18 +261,8 @@ def _roomier(machine: Topology) -> Iterator[Topology]:
             if math.prod(map(int, shape.split("x"))) * chip.devices == len(machine.devices):
                 yield topology.named(f"{generation}:{shape}")
                 break
-
-
-def _arguments(config: Config, machine: Topology) -> Iterator[Buffer]:
-    """The largest arguments of a step."""
-    names = ("adapter", "optimizer", "base", "batch", "key", "step")
-    leaves = jaxpeft.sites.paths_and_leaves(dict(zip(names, _Step(config, machine).arguments, strict=True)))
-    found = [
-        Buffer(math.prod(part) * leaf.dtype.itemsize, f"{leaf.dtype}{list(part)}", path)
-        for path, leaf in leaves
-        for part in [leaf.sharding.shard_shape(leaf.shape)]
-    ]
-    yield from sorted(found, key=lambda buffer: -buffer.bytes)[:5]
+    if len(jax.devices("cpu")) >= len(machine.devices):
+        yield topology.cpu(len(machine.devices))
 
 
 def _largest(text: str) -> tuple[Buffer, ...]:
@@ -419,6 +409,8 @@ def _one(one: Plan) -> str:
         lines.append(("roofline", f"{_seconds(one.roofline_seconds)}, bound by {one.bound} ({terms})"))
         lines.append(("at best", f"{one.tokens_per_second:,.0f} tokens/s a device"))
     lines.append(("compiled in", f"{one.compile_seconds:.0f} s"))
+    if one.seen_on:
+        lines.append(("figures of", f"{one.seen_on}, whose devices have more memory"))
     if not one.fits:
         lines += [("", ""), ("largest", "")]
         lines += [("", f"{_gib(buffer.bytes)}  {buffer.shape}  {buffer.origin[-70:]}") for buffer in one.buffers]

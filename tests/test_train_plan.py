@@ -1,0 +1,133 @@
+"""Plans: memory, arithmetic and links of the real step, from shapes, for machines that are not there."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import jax
+import pytest
+import tiny
+
+from jaxpeft import models
+from train import config as configuration
+from train import job, plan, topology
+from train.__main__ import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+KEYS = "fits peak_bytes argument_bytes temporary_bytes flops ici_bytes roofline_seconds compile_seconds"
+MORE = "collectives memory_bytes trained mesh buffers remedies bound tokens_per_second"
+CONFIG = """
+model: {name: MODEL, remat: full}
+method: {name: mos, rank: 3, equivalent_rank: 2, private_rank: 1, shards_per_vector: 2}
+data: {source: synthetic, max_length: 65}
+train: {steps: 6, batch_size: 16}
+output: {folder: unused}
+"""
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jaxpeft[plan]'"
+)
+
+
+@pytest.fixture
+def path(tmp_path, request):
+    """A configuration of a tiny model."""
+    model = tiny.save_model(tmp_path / "tiny")
+    (tmp_path / "config.yaml").write_text(CONFIG.replace("MODEL", str(model)))
+    return tmp_path / "config.yaml"
+
+
+def big():
+    """The quickstart's model with a batch of rows of 2049 tokens; no files are read."""
+    text = CONFIG.replace("MODEL", "smollm2-135m-instruct").replace("remat: full", "dtype: bfloat16")
+    return configuration.parse(text, ["data.max_length=2049", "train.batch_size=32"])
+
+
+def test_a_plan_of_simulated_devices(path, capsys):
+    assert main(["plan", str(path), "mesh.tensor=2", "--cpu", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() >= set(f"{KEYS} {MORE}".split())
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 2}
+    assert found["fits"]
+    assert found["roofline_seconds"] is None
+    assert 0 < found["temporary_bytes"] < found["peak_bytes"] + found["temporary_bytes"]
+    assert found["ici_bytes"] == sum(found["collectives"].values()) > 0
+    # The devices share the work evenly.
+    assert main(["plan", str(path), "mesh.tensor=1", "--cpu", "1", "--json"]) == 0
+    assert 8 * found["flops"] == pytest.approx(json.loads(capsys.readouterr().out)["flops"], rel=0.05)
+
+
+def test_a_plan_holds_what_a_dry_run_says(path, capsys):
+    """The same step: the arguments of a plan are those of a run on the same devices."""
+    assert main(["plan", str(path), "--cpu", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "fsdp 8" in text
+    assert re.search(r"peak +0\.0\d GiB of .* fits", text)
+
+
+def test_a_table_over_methods(path, capsys):
+    assert main(["plan", str(path), "--cpu", "2", "--methods", "mos,lora,full"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[3].strip() for line in lines[2:]] == ["mos", "lora", "full"]
+    assert all(" yes " in line for line in lines[2:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mesh.tensor=3", "--cpu", "8"], "mesh: data 1 x fsdp -1 x sequence 1 x tensor 3 does not fit 8 devices"),
+        (["train.batch_size=3", "--cpu", "8"], "train.batch_size: 3 sequences at a time"),
+        (["--topology", "v5e:3x3"], "v5e:3x3 is no slice of v5e; the nearest are v5e:2x4, v5e:4x4"),
+        (["--cpu", "8", "--methods", "mos,lore"], "--methods: unknown method 'lore'; did you mean 'lora'"),
+        (["--cpu", "8", "--topology", "v5e:2x2"], "give --topology or --cpu"),
+    ],
+)
+def test_mistakes_are_named(path, arguments, message, capsys):
+    assert main(["plan", str(path), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_train_what_their_header_says(path):
+    config = configuration.load(path)
+    mesh = topology.mesh(topology.cpu(8), {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1})
+    if config.model.name not in models.ARCHITECTURES:
+        pytest.fail(f"{config.model.name} needs files")
+    subject = job.of_shapes(config, mesh)
+    count = sum(leaf.size for leaf in jax.tree.leaves(subject.adapter.params))
+    if stated := re.search(r"([\d,]{7,})\s+trained", path.read_text().replace("\n#", "")):
+        assert count == int(stated[1].replace(",", ""))
+
+
+@needs_libtpu
+@pytest.mark.topology
+def test_a_tpu_slice(path):
+    """The tiny model's step for four chips, with every figure."""
+    found = plan.plan(configuration.load(path, ["mesh.tensor=2"]), topology.named("v5e:2x2"))
+    assert found.fits
+    assert found.peak_bytes < found.hbm_bytes == 16 * 2**30
+    assert found.roofline_seconds == max(found.terms.values())
+    assert found.bound in found.terms
+    assert found.collectives["all-reduce"] > 0
+    on_cpu = plan.plan(configuration.load(path, ["mesh.tensor=2"]), topology.cpu(4))
+    assert found.argument_bytes == on_cpu.argument_bytes
+    assert found.flops == pytest.approx(on_cpu.flops, rel=0.05)
+
+
+@needs_libtpu
+@pytest.mark.topology
+@pytest.mark.slow
+def test_out_of_memory_is_an_answer():
+    """What is too much, what is largest, and what makes it fit: compiled, not guessed."""
+    found = plan.plan(big(), topology.named("v5e:1x1"))
+    assert not found.fits
+    assert found.peak_bytes > found.hbm_bytes
+    assert found.buffers[0].bytes > 2**30
+    *failed, last = found.remedies
+    assert last[2]
+    assert last[1] < found.hbm_bytes
+    assert not any(fits for _, _, fits in failed)
+    text = plan.text([found])
+    assert "does not fit" in text
+    assert f"{last[0]}: fits, peak" in text
