@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 
@@ -30,8 +31,15 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """The command prepares the environment for JAX; other tests should not see it."""
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
+        monkeypatch.setenv(name, os.environ[name])
+
+
 @pytest.fixture
-def path(tmp_path, request):
+def path(tmp_path):
     """A configuration of a tiny model."""
     model = tiny.save_model(tmp_path / "tiny")
     (tmp_path / "config.yaml").write_text(CONFIG.replace("MODEL", str(model)))
@@ -79,7 +87,7 @@ def test_a_table_over_methods(path, capsys):
         (["mesh.tensor=3", "--cpu", "8"], "mesh: data 1 x fsdp -1 x sequence 1 x tensor 3 does not fit 8 devices"),
         (["train.batch_size=3", "--cpu", "8"], "train.batch_size: 3 sequences at a time"),
         (["--topology", "v5e:3x3"], "v5e:3x3 is no slice of v5e; the nearest are v5e:2x4, v5e:4x4"),
-        (["--cpu", "8", "--methods", "mos,lore"], "--methods: unknown method 'lore'; did you mean 'lora'"),
+        (["--cpu", "8", "--methods", "mos,mosh"], "--methods: unknown method 'mosh'; did you mean 'mos'"),
         (["--cpu", "8", "--topology", "v5e:2x2"], "give --topology or --cpu"),
     ],
 )

@@ -152,9 +152,8 @@ def _simulate(options: argparse.Namespace) -> None:
     """What has to be in the environment before JAX is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     # As many as the largest machine has: what no chip has room for is compiled for them.
-    chips = [
-        math.prod(map(int, re.findall(r"\d+", name.partition(":")[2]))) for name in options.topology or ["v5e:4x4"]
-    ]
+    shapes = [name.partition(":")[2] for name in options.topology or ["v5e:4x4"]]
+    chips = [math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.cpu or max(chips)}"
     os.environ["XLA_FLAGS"] = flags.strip()
 
