@@ -1,4 +1,4 @@
-"""The README's example runs as printed."""
+"""The code in the documents runs as printed."""
 
 import re
 from pathlib import Path
@@ -18,3 +18,18 @@ def test_the_api_example(tmp_path, monkeypatch, capsys) -> None:
     assert "materialised" not in printed
     assert names["value"] < 5.0
     assert (names["again"].params["layers/mlp/up_proj/kernel"]["b"] != 0).any()
+
+
+def test_meshes(tmp_path, monkeypatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "meshes.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), "meshes.md", "exec"), names)
+    assert names["value"] < 7.0
+    pool = names["params"]["layers/mlp/up_proj/kernel"]["b"]
+    assert len(pool.sharding.device_set) == names["count"] == 8
+    assert (pool != 0).any()
+    by_replica = names["gradients"]["layers/mlp/up_proj/kernel"]["b"]
+    assert len(by_replica) == 8
+    assert (by_replica == by_replica[0]).all()
+    assert (by_replica != 0).any()
