@@ -27,8 +27,8 @@ from jaxpeft.updates import PerShard, Update
 Rules = Sequence[tuple[str, PartitionSpec]]
 """(regular expression over the "/"-joined path, `PartitionSpec`) pairs; the first that is found in a path counts."""
 
-DATA = "data"
-"""The mesh axis over which only the batch is split. The gradients of an adapter are summed over it once a step."""
+BATCH = ("data", "fsdp")
+"""The mesh axes that split the batch. Where they split no factor, its gradients are summed over them once a step."""
 
 
 def of(base: Any) -> Any:
@@ -118,8 +118,9 @@ def adapter(of: Adapter, shardings: Any) -> Adapter:
     mesh, expansion = mesh_of(at), _expansion(of, at)
     leaves, structure = jax.tree.flatten((of.params, of.constants))
     specs = [PartitionSpec()] * len(leaves)
-    for output, taken in expansion.kept.items():
-        specs[taken] = expansion.specs[output]
+    for output in expansion.outputs:
+        if output.kept is not None:
+            specs[output.kept] = output.spec
     params, constants = jax.tree.unflatten(structure, [NamedSharding(mesh, spec) for spec in specs])
     return of.replace(params=params, constants=constants)
 
@@ -182,9 +183,9 @@ def mesh_of(shardings: Mapping[str, NamedSharding]) -> Any:
 def updates(of: Adapter, shardings: Mapping[str, NamedSharding]) -> dict[str, Update]:
     """`Adapter.updates` on a mesh: every device expands its own part of the factors, and the parts fit the kernels.
 
-    Over the data axis each device gets a copy of its own (`PerShard`): the gradients that its share of the batch gives
-    stay its own until they have been brought back to the trained arrays, and are then summed once. A pool's gradient is
-    as large as the pool, where a factor's would be as large as LoRA's.
+    Over the axes that split the batch but not the factors, each device gets a copy of its own (`PerShard`): the
+    gradients that its share of the batch gives stay its own until they have been brought back to the trained arrays,
+    and are then summed once. A pool's gradient is as large as the pool, where a factor's would be as large as LoRA's.
 
     Args:
         of: the adapter.
@@ -192,68 +193,86 @@ def updates(of: Adapter, shardings: Mapping[str, NamedSharding]) -> dict[str, Up
     """
     mesh, expansion = mesh_of(shardings), _expansion(of, shardings)
     inputs, structure = jax.tree.flatten((of.params, of.constants))
-    copies = mesh.shape.get(DATA, 1)
     where = mesh if isinstance(mesh, Mesh) else None  # A mesh of explicit axes is the context's.
-    specs = [PartitionSpec(s[0], DATA, *s[1:]) if copies > 1 else s for s in expansion.specs]
-    computed = [at for at in range(len(specs)) if at not in expansion.kept]
+    outputs = expansion.outputs
+    computed = [at for at, output in enumerate(outputs) if output.kept is None]
 
     def expand(inputs: list) -> list[Array]:
         params, constants = jax.tree.unflatten(structure, inputs)
         whole = jax.tree.leaves(of.replace(params=params, constants=constants).updates())
-        mine = [_own_part(whole[at], expansion.specs[at], mesh) for at in computed]
-        return [leaf[:, None] for leaf in mine] if copies > 1 else mine
+        mine = [_own_part(whole[at], outputs[at].spec, mesh) for at in computed]
+        return [leaf[:, None] if outputs[at].copies else leaf for at, leaf in zip(computed, mine, strict=True)]
 
-    # Every device computes, from arrays that are whole: the only collective is the sum of their gradients.
-    unused = {taken: jnp.zeros(inputs[taken].shape, inputs[taken].dtype) for taken in expansion.kept.values()}
-    outputs: dict[int, Array] = {}
+    made: dict[int, Array] = {}
     if computed:
-        out_specs = [specs[at] for at in computed]
+        # Every device computes, from arrays that are whole: the only collective is the sum of their gradients.
+        out_specs = [outputs[at].with_copies for at in computed]
         on_each = jax.shard_map(expand, mesh=where, in_specs=PartitionSpec(), out_specs=out_specs, check_vma=False)
-        made = on_each([unused.get(at, leaf) for at, leaf in enumerate(inputs)])
-        outputs |= zip(computed, made, strict=True)
-    for at, taken in expansion.kept.items():
-        leaf = inputs[taken]
-        if copies > 1:
-            leaf = jnp.broadcast_to(leaf[:, None], (leaf.shape[0], copies, *leaf.shape[1:]))
-        outputs[at] = _laid_out(leaf, NamedSharding(mesh, specs[at]))
-    updates = jax.tree.unflatten(expansion.structure, [outputs[at] for at in range(len(outputs))])
-    return {name: PerShard(update, where, DATA) for name, update in updates.items()} if copies > 1 else updates
+        unused = {output.kept for output in outputs}
+        parts = on_each([jnp.zeros(x.shape, x.dtype) if at in unused else x for at, x in enumerate(inputs)])
+        made |= zip(computed, parts, strict=True)
+    for at, output in enumerate(outputs):
+        if output.kept is not None:
+            leaf = inputs[output.kept]
+            if output.copies:
+                copies = _parts(output.copies, mesh)
+                leaf = jnp.broadcast_to(leaf[:, None], (leaf.shape[0], copies, *leaf.shape[1:]))
+            made[at] = _laid_out(leaf, NamedSharding(mesh, output.with_copies))
+    updates = jax.tree.unflatten(expansion.structure, [made[at] for at in range(len(outputs))])
+    copied = expansion.copies
+    return {name: PerShard(one, where, copied[name]) if copied[name] else one for name, one in updates.items()}
+
+
+@dataclass(frozen=True)
+class _Output:
+    """One array of an update.
+
+    Attributes:
+        spec: how it lies.
+        copies: the mesh axes over which there is a copy for each device.
+        kept: the number of the input that it is as it stands, if that serves for nothing else: such an input is stored
+            as the kernel wants it.
+    """
+
+    spec: PartitionSpec
+    copies: tuple[str, ...]
+    kept: int | None
+
+    @property
+    def with_copies(self) -> PartitionSpec:
+        """How the copies lie, which follow the layers."""
+        return PartitionSpec(self.spec[0], self.copies, *self.spec[1:]) if self.copies else self.spec
 
 
 @dataclass(frozen=True)
 class _Expansion:
-    """What becomes of an adapter's arrays in its updates.
-
-    Attributes:
-        structure: of the updates.
-        specs: how each array of an update lies.
-        kept: {output: input} of the arrays that are inputs as they stand and serve for nothing else: they are stored as
-            the kernel wants them.
-    """
+    """What becomes of an adapter's arrays in its updates: their structure, arrays, and copies by group."""
 
     structure: Any
-    specs: list[PartitionSpec]
-    kept: dict[int, int]
+    outputs: list[_Output]
+    copies: dict[str, tuple[str, ...]]
 
 
 def _expansion(of: Adapter, shardings: Mapping[str, NamedSharding]) -> _Expansion:
     def expand(params: Any, constants: Any) -> dict[str, Update]:
         return of.replace(params=params, constants=constants).updates()
 
+    mesh = mesh_of(shardings)
     traced, shapes = jax.make_jaxpr(expand, return_shape=True)(of.params, of.constants)
     jaxpr = traced.jaxpr
     used = {atom for equation in jaxpr.eqns for atom in equation.invars if isinstance(atom, jex.Var)}
     alone = {atom: at for at, atom in enumerate(jaxpr.invars) if atom not in used}
-    specs = {}
-    for name, update in shapes.items():
+    outvars, outputs, copies = iter(jaxpr.outvars), [], {}
+    for name in sorted(shapes):  # As the arrays of a dict are ordered.
         group = of.sites[name]
-        sharding = shardings.get(group.paths[0])
-        specs[name] = update if sharding is None else _of_update(update, *_sides(group, sharding))
-    return _Expansion(
-        jax.tree.structure(shapes),
-        [leaf if isinstance(leaf, PartitionSpec) else PartitionSpec(None) for leaf in jax.tree.leaves(specs)],
-        {at: alone[atom] for at, atom in enumerate(jaxpr.outvars) if isinstance(atom, jex.Var) and atom in alone},
-    )
+        kernel = shardings.get(group.paths[0], NamedSharding(mesh, PartitionSpec()))
+        specs = jax.tree.leaves(_of_update(shapes[name], *_sides(group, kernel)))
+        split = {axis for spec in specs for entry in spec for axis in _names(entry, mesh)}
+        copies[name] = tuple(axis for axis in BATCH if mesh.shape.get(axis, 1) > 1 and axis not in split)
+        for spec in specs:
+            atom = next(outvars)
+            outputs.append(_Output(spec, copies[name], alone.get(atom) if isinstance(atom, jex.Var) else None))
+    return _Expansion(jax.tree.structure(shapes), outputs, copies)
 
 
 def _sides(group: Group, sharding: NamedSharding) -> tuple[Any, tuple[str, ...], dict[str, tuple[str, ...]]]:

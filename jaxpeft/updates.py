@@ -320,12 +320,12 @@ class PerShard(Update):
     Attributes:
         update: its arrays are (..., shards, …).
         mesh: where the copies lie; None for the mesh of the context.
-        axis: the mesh axis that the copies and the first axis of x are split over.
+        axis: the mesh axes that the copies and the first axis of x are split over.
     """
 
     update: Update
     mesh: Mesh | None = dataclasses.field(metadata={"static": True})
-    axis: str = dataclasses.field(metadata={"static": True})
+    axis: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     @property
     def additive(self) -> bool:  # noqa: D102  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -363,7 +363,7 @@ class PerShard(Update):
             mesh=self.mesh,
             in_specs=PartitionSpec(self.axis),
             out_specs=PartitionSpec(self.axis),
-            axis_names={self.axis},
+            axis_names=set(self.axis),
             check_vma=False,
         )(self.update, x)
 

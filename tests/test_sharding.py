@@ -282,7 +282,7 @@ def test_the_decoder_lies_by_its_logical_axes():
 def test_copies_serve_one_shard_each():
     mesh = mesh_of(data=2)
     update = jaxpeft.updates.LowRank(jnp.ones((2, 1, 3)), jnp.stack([jnp.ones((1, 4)), jnp.zeros((1, 4))]), jnp.ones(2))
-    per_shard = PerShard(update, mesh, "data")
+    per_shard = PerShard(update, mesh, ("data",))
     y = jax.jit(per_shard.delta_matmul)(jnp.ones((4, 3)))
     np.testing.assert_array_equal(y[:, 0], [3, 3, 0, 0])
     assert dataclasses.replace(per_shard, update=update).additive
