@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpeft.blocks import Quantized, dequantized
 from jaxpeft.layout import axes, from_matrix, sizes, to_matrix
 from jaxpeft.updates import Update
 
@@ -22,14 +23,14 @@ class Adapted:
     """A weight and its updates, standing for the array W' = W + Σ ΔW; a pytree.
 
     Attributes:
-        weight: W in the layout it is stored in.
-        updates: their arrays lead with the layout's stack axes, in order; where one array serves all, with size 1.
+        weight: W in the layout it is stored in, an array or in few bits.
+        updates: none where W is in few bits and not adapted; their arrays lead with the layout's stack axes, in order; where one array serves all, with size 1.
         layout: one letter an axis of `weight`, as in `jaxpeft.sites.Group`.
         order: the value is `weight` transposed by this permutation.
         site: path of the weight, for reports.
     """
 
-    weight: Array
+    weight: Array | Quantized
     updates: tuple[Update, ...]
     layout: str = dataclasses.field(metadata={"static": True})
     order: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -60,6 +61,8 @@ class Adapted:
 
     def materialize(self) -> Array:
         """W' formed in float32 and cast once to the dtype of W."""
+        if not self.updates:
+            return jnp.transpose(dequantized(self.weight), self.order)
         frozen = to_matrix(self.weight, self.layout).astype(jnp.float32)
         formed = over_stack(materialize, len(self.axes("l")))(self.updates, frozen).astype(self.weight.dtype)
         return jnp.transpose(from_matrix(formed, self.layout, self.weight.shape), self.order)
