@@ -96,7 +96,8 @@ def dequantize(base: Any) -> Any:
         >>> float(jnp.abs(jaxpeft.quantize.dequantize(base)["up"]["kernel"] - jnp.eye(64)).max()) < 1e-3
         True
     """
-    return jax.tree.map(dequantized, base, is_leaf=is_quantized)
+    once = jax.jit(dequantized)  # One pass over each weight.
+    return jax.tree.map(lambda leaf: once(leaf) if is_quantized(leaf) else leaf, base, is_leaf=is_quantized)
 
 
 def nbytes(base: Any) -> int:

@@ -171,7 +171,7 @@ def gather(params: dict, value: Any, indices: Any) -> Any:
     def take(matrix: Array) -> Array:
         changed: dict[str, Any] = {"slice_sizes": (1, matrix.shape[1])}
         if not jnp.issubdtype(matrix.dtype, jnp.floating):  # Codes; their scales are filled instead.
-            changed["fill_value"] = None
+            changed["fill_value"] = 0
         return primitives.gather_p.bind(matrix, indices, **{**params, **changed})
 
     weight = _transposed(value.weight, value.order)

@@ -1,5 +1,6 @@
 """What a configuration stands for: the model, the adapter and the data, ready to be trained or measured."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,9 +68,17 @@ def subject(config: Config, weights: bool = True) -> Subject:
     """Loads the model and makes the adapter; without `weights`, both are shapes only."""
     mesh = devices.data_mesh()
     try:
-        model = models.pretrained(config.model.name, dtype=config.model.dtype, mesh=mesh, weights=weights)
+        model = models.pretrained(
+            config.model.name,
+            dtype=config.model.dtype,
+            mesh=mesh,
+            weights=weights,
+            keep_blocks=config.model.quantize == "gguf",
+        )
     except ValueError as error:  # no such model, or files that are not one
         raise ConfigError([f"model.name: {error}"]) from None
+    if config.model.quantize not in (None, "gguf"):
+        model = _quantized(model, config.model.quantize)
     # Made on the mesh, because a random key cannot be moved to other processes.
     keys = jax.jit(
         lambda: tuple(jax.random.split(jax.random.key(config.train.seed))), out_shardings=devices.everywhere(mesh)
@@ -92,6 +101,13 @@ def subject(config: Config, weights: bool = True) -> Subject:
         key=dropout_key,
         template=Template(model.tokenizer, config.data.template),
     )
+
+
+def _quantized(model: models.LanguageModel, kind: str) -> models.LanguageModel:
+    try:
+        return dataclasses.replace(model, params=jaxpeft.quantize.quantize(model.params, kind))
+    except ValueError as error:  # a block that does not divide a weight
+        raise ConfigError([f"model.quantize: {error}"]) from None
 
 
 def sites(config: Config, params: Any) -> jaxpeft.Sites:
