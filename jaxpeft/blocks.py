@@ -198,7 +198,7 @@ def encode(weight: Array, kind: str, axis: int, block: int, double: bool, layout
         grouped, at = _in_blocks(scales, count // second, axis)
         # The mean is the second-level block's own and not the tensor's: then a slice, a row and a shard are complete.
         means = grouped.mean(at, keepdims=True)
-        signed, steps, _ = _encode_symmetric(8, 127.5, grouped - means, at)
+        signed, steps, _ = _encode_symmetric(8, 127, grouped - means, at)
         scales, steps, means = signed.reshape(shape), steps.reshape(shape), means.reshape(shape)
     return Quantized(codes, scales, mins, steps, means, kind, axis, jnp.dtype(weight.dtype), layout)
 

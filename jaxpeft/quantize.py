@@ -192,9 +192,9 @@ def from_qwix(array: Any, layout: str, dtype: Any = jnp.float32) -> Quantized:
     Raises:
         ValueError: a zero point, another qtype, or tiles over several axes.
     """
-    kind = next((name for name, (qtype, _) in _QWIX.items() if array.qtype in (qtype, jnp.dtype(name))), None)
-    if kind is None or array.zero_point is not None:
-        found = f"{array.qtype}{'' if array.zero_point is None else ' with zero points'}"
+    kind = str(array.qtype if isinstance(array.qtype, str) else jnp.dtype(array.qtype))
+    if kind not in _QWIX or array.zero_point is not None:
+        found = f"{kind}{'' if array.zero_point is None else ' with zero points'}"
         raise ValueError(f"from_qwix: found qtype {found}, expected one of {', '.join(_QWIX)} without zero points")
     shape, scale = array.qvalue.shape, array.scale
     tiled = [axis for axis, (size, count) in enumerate(zip(shape, scale.shape, strict=True)) if 1 < count < size]

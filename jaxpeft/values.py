@@ -44,7 +44,7 @@ class Adapted:
     @property
     def formed(self) -> bool:
         """Whether every update needs ΔW as an array anyway."""
-        return all(update.formed for update in self.updates)
+        return bool(self.updates) and all(update.formed for update in self.updates)
 
     @property
     def letters(self) -> str:
