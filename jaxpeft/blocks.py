@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
 import jax
@@ -12,84 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-"""The 16 values of 4-bit NormalFloat: quantiles of a normal distribution, with an exact zero; arXiv 2305.14314, app. E."""
+from jaxpeft.formats import KINDS, encode_symmetric
 
 SECOND_BLOCK = 256
 """Most scales that share one second-level scale; arXiv 2305.14314 §3."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One format.
-
-    Attributes:
-        bits: of one code.
-        block: weights of one block, by default.
-        fixed: whether the format knows no other block.
-        double: whether the scales are quantized too, by default.
-        encode: blocks (…, n, block, …) float32 and the axis of `block` -> codes of that shape, scales and minima with 1
-            in its place; minima are None where zero is a code.
-        decode: codes -> float32, before scale and minimum.
-    """
-
-    bits: int
-    block: int
-    fixed: bool
-    double: bool
-    encode: Callable[[Array, int], tuple[Array, Array, Array | None]]
-    decode: Callable[[Array], Array]
-
-
-def _encode_nf4(blocks: Array, axis: int) -> tuple[Array, Array, None]:
-    largest = jnp.abs(blocks).max(axis, keepdims=True)
-    x = blocks / _nonzero(largest)
-    # The nearest value's number is how many midpoints lie below; a sum of comparisons is one pass without an index.
-    midpoints = (np.asarray(NF4[1:]) + np.asarray(NF4[:-1])) / 2
-    codes = sum((x > np.float32(midpoint)).astype(jnp.uint8) for midpoint in midpoints)
-    return jnp.asarray(codes), largest, None
-
-
-def _encode_symmetric(bits: int, bound: float, blocks: Array, axis: int) -> tuple[Array, Array, None]:
-    # A bound half a step beyond the last code uses that code's whole step, so no step is larger than it must be.
-    scales = jnp.abs(blocks).max(axis, keepdims=True) / bound
-    codes = jnp.clip(jnp.round(blocks / _nonzero(scales)), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return (codes + 8).astype(jnp.uint8) if bits == 4 else codes.astype(jnp.int8), scales, None
-
-
-def _encode_q4_1(blocks: Array, axis: int) -> tuple[Array, Array, Array]:
-    least = blocks.min(axis, keepdims=True)
-    scales = (blocks.max(axis, keepdims=True) - least) / 15
-    codes = jnp.clip(jnp.floor((blocks - least) / _nonzero(scales) + 0.5), 0, 15)
-    return codes.astype(jnp.uint8), scales.astype(jnp.float16), least.astype(jnp.float16)
-
-
-def _encode_q8_0(blocks: Array, axis: int) -> tuple[Array, Array, None]:
-    codes, scales, _ = _encode_symmetric(8, 127, blocks, axis)
-    return codes, scales.astype(jnp.float16), None
-
-
-def _nonzero(scales: Array) -> Array:
-    return jnp.where(scales == 0, 1, scales)
-
-
-def _as_number(codes: Array) -> Array:
-    return codes.astype(jnp.float32)
-
-
-KINDS = {
-    "nf4": Kind(4, 64, False, True, _encode_nf4, lambda codes: jnp.asarray(NF4, jnp.float32)[codes]),
-    "int8": Kind(8, 64, False, False, partial(_encode_symmetric, 8, 127.5), _as_number),
-    "int4": Kind(4, 64, False, False, partial(_encode_symmetric, 4, 7.5), lambda codes: codes.astype(jnp.float32) - 8),
-    "q4_1": Kind(4, 32, True, False, _encode_q4_1, _as_number),
-    "q8_0": Kind(8, 32, True, False, _encode_q8_0, _as_number),
-}
-"""The formats by name; ``q4_1`` and ``q8_0`` are GGUF's."""
 
 
 @jax.tree_util.register_dataclass
@@ -164,7 +89,7 @@ class Quantized:
     def plain_scales(self) -> Array:
         """The scales that stand behind the codes, float32."""
         scales = self.scales.astype(jnp.float32)
-        if self.scale_steps is None:
+        if self.scale_steps is None or self.scale_means is None:
             return scales
         codes, at = _in_blocks(scales, self.scale_steps.shape[self.axis], self.axis)
         codes = codes * jnp.expand_dims(self.scale_steps, at) + jnp.expand_dims(self.scale_means, at)
@@ -198,7 +123,7 @@ def encode(weight: Array, kind: str, axis: int, block: int, double: bool, layout
         grouped, at = _in_blocks(scales, count // second, axis)
         # The mean is the second-level block's own and not the tensor's: then a slice, a row and a shard are complete.
         means = grouped.mean(at, keepdims=True)
-        signed, steps, _ = _encode_symmetric(8, 127, grouped - means, at)
+        signed, steps, _ = encode_symmetric(8, 127, grouped - means, at)
         scales, steps, means = signed.reshape(shape), steps.reshape(shape), means.reshape(shape)
     return Quantized(codes, scales, mins, steps, means, kind, axis, jnp.dtype(weight.dtype), layout)
 

@@ -278,8 +278,8 @@ class Checkpoints:
 def fingerprint(base: Any) -> str:
     """A short digest of base parameters: their paths and shapes, and up to 64 values of each array.
 
-    The values are compared as bfloat16, so the same weights in float32 and bfloat16 have one fingerprint. Of a weight in
-    few bits they are its codes and scales, so a quantized base has another fingerprint than the floats it came from.
+    The values are compared as bfloat16, so the same weights in float32 and bfloat16 have one fingerprint. Of a weight
+    in few bits they are its codes and scales, so a quantized base has another fingerprint than the floats it came from.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(_arrays(base).items()):

@@ -98,7 +98,9 @@ def _merge(
 
 
 @partial(jax.jit, static_argnums=0)
-def _merge_one(group: Group, weight: Array | Quantized, updates: tuple[Update, ...]) -> tuple[Array, tuple[Array, Array]]:
+def _merge_one(
+    group: Group, weight: Array | Quantized, updates: tuple[Update, ...]
+) -> tuple[Array, tuple[Array, Array]]:
     frozen = to_matrix(weight, group.layout).astype(jnp.float32)
     exact = over_stack(materialize, len(group.sizes("l")))(updates, frozen)
     merged = exact.astype(weight.dtype)

@@ -137,7 +137,7 @@ def add(params: dict, lhs: Any, rhs: Any) -> Any:
     on_output = [update.on_output for update in value.updates]
     if isinstance(x, Adapted) or not all(on_output) or value.letters != "l" * (x.ndim - 1) + "o":
         return NotImplemented
-    if value.shape != (*(1,) * (x.ndim - 1), x.shape[-1]):
+    if isinstance(value.weight, Quantized) or value.shape != (*(1,) * (x.ndim - 1), x.shape[-1]):
         return NotImplemented
     record(value, "add", fused=True)
     y = primitives.add_p.bind(x, jnp.transpose(value.weight, value.order), **params)

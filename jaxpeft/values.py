@@ -24,7 +24,8 @@ class Adapted:
 
     Attributes:
         weight: W in the layout it is stored in, an array or in few bits.
-        updates: none where W is in few bits and not adapted; their arrays lead with the layout's stack axes, in order; where one array serves all, with size 1.
+        updates: their arrays lead with the layout's stack axes, in order; where one array serves all, with size 1. None
+            for a weight in few bits that is not adapted.
         layout: one letter an axis of `weight`, as in `jaxpeft.sites.Group`.
         order: the value is `weight` transposed by this permutation.
         site: path of the weight, for reports.

@@ -110,7 +110,7 @@ def test_blocks_are_kept_where_there_are_any(packaged, tmp_path):
     assert kept.source == "tiny-instruct"
     shapes = models.pretrained("tiny-instruct", keep_blocks=True, weights=False).params
     assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(lambda leaf: leaf.shape, floats.params)
-    with pytest.raises(ValueError, match="keep_blocks: .*is no GGUF model .*tiny-instruct.*jaxpeft.quantize"):
+    with pytest.raises(ValueError, match=r"keep_blocks: .*is no GGUF model .*tiny-instruct.*jaxpeft.quantize"):
         models.pretrained(tmp_path, keep_blocks=True)
 
 

@@ -15,7 +15,8 @@ from specs import SPECS
 
 import jaxpeft
 from jaxpeft import quantize
-from jaxpeft.blocks import KINDS, NF4, Quantized
+from jaxpeft.blocks import Quantized
+from jaxpeft.formats import KINDS, NF4
 from jaxpeft.methods import METHODS, lora
 
 IDS = jax.random.randint(jax.random.key(7), (8, 5), 0, zoo.VOCAB)
@@ -82,7 +83,9 @@ def test_double_quantization(kind) -> None:
     assert double.scale_steps.shape == double.scale_means.shape == (3, 1, 512)
     np.testing.assert_allclose(double.plain_scales(), expected, atol=0.6 * step.max())
     assert np.mean(np.abs(double.plain_scales() - expected) > 1e-5) < 1e-4  # Ties may round either way.
-    wide = one(kind, jnp.ones((1028, 2)), "io", block=2, double=True)  # 514 scales: two blocks of 257 would be too many.
+    wide = one(
+        kind, jnp.ones((1028, 2)), "io", block=2, double=True
+    )  # 514 scales: two blocks of 257 would be too many.
     assert wide.scale_steps.shape == (257, 2)
 
 
@@ -211,7 +214,11 @@ def test_bfloat16() -> None:
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(adapter.params))
     found = gradients(fn, small, adapter, tokens)
     assert found[0].dtype == jnp.bfloat16
-    assert_same(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found), gradients(fn, quantize.dequantize(small), adapter, tokens), 0.05)
+    assert_same(
+        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found),
+        gradients(fn, quantize.dequantize(small), adapter, tokens),
+        0.05,
+    )
 
 
 def scanned_model(layers: int, size: int, remat: bool = True):
@@ -241,7 +248,9 @@ def trained(base, spec=None) -> jaxpeft.Adapter:
     return moved(jaxpeft.init(jax.random.key(1), spec or lora.Spec(rank=2), sites, base), 0.05)
 
 
-@pytest.mark.parametrize("spec", [lora.Spec(rank=2), lora.Spec(rank=2, dora=True), SPECS["oft"]], ids=lambda s: str(s)[:5])
+@pytest.mark.parametrize(
+    "spec", [lora.Spec(rank=2), lora.Spec(rank=2, dora=True), SPECS["oft"]], ids=lambda s: str(s)[:5]
+)
 @pytest.mark.parametrize("remat", [False, True])
 def test_a_step_holds_the_floats_of_one_layer(spec, remat) -> None:
     """By XLA's own account: no kernels of all layers as floats, and no more temporary memory than on a float base."""
@@ -364,7 +373,9 @@ def test_merging() -> None:
     base, fn, tokens = scanned_model(layers=2, size=64)
     small = quantize.quantize(base, "nf4", layouts={"layers/.*kernel": "lio"})
     adapter = trained(base)
-    with pytest.raises(ValueError, match=r"2 adapted weights are in few bits: layers/down/kernel.*nf4.*dequantize=True"):
+    with pytest.raises(
+        ValueError, match=r"2 adapted weights are in few bits: layers/down/kernel.*nf4.*dequantize=True"
+    ):
         jaxpeft.merge(small, adapter)
     merged, report = jaxpeft.merge_with_report(small, adapter, dequantize=True)
     assert max(report.lost.values()) < 1e-6
@@ -394,7 +405,9 @@ def test_errors() -> None:
     base = {"up": {"kernel": jnp.ones((96, 4)), "bias": jnp.ones(4)}, "odd": {"kernel": jnp.ones((7, 2))}}
     with pytest.raises(ValueError, match=r"kind 'nf5' is not known; one of nf4.*nearest: 'nf4'"):
         quantize.quantize(base, "nf5")
-    with pytest.raises(ValueError, match=r"up/kernel: block=64, expected an even divisor.*of size 96; nearest: block=48"):
+    with pytest.raises(
+        ValueError, match=r"up/kernel: block=64, expected an even divisor.*of size 96; nearest: block=48"
+    ):
         quantize.quantize(base, "nf4", exclude="odd/kernel")
     with pytest.raises(ValueError, match=r"odd/kernel: block=2, .* of size 7; exclude it, or take another kind"):
         quantize.quantize(base, "nf4", block=2)

@@ -19,7 +19,7 @@ from jaxpeft.sites import paths_and_leaves, with_leaves
 
 
 def quantized_params(source: str | os.PathLike, config: Config, like: Any, *, weights: bool = True) -> Any:
-    """The parameters of a GGUF file, Q4_1 and Q8_0 weights in their own blocks; they stand for what `gguf_to_hf` writes.
+    """The parameters of a GGUF file, Q4_1 and Q8_0 weights in their own blocks; they stand for the values in them.
 
     Args:
       source: the file.
@@ -48,10 +48,10 @@ def _blocks(
     if len(types) > 1 or not types <= {"Q4_1", "Q8_0"}:
         return None
     kind = types.pop().lower()
-    parts = zip(*map(_parts, stored), strict=True)
-    codes, scales, mins = (None if part[0] is None else arrange(part) for part in parts)
+    codes, scales, mins = zip(*map(_parts, stored), strict=True)
     layout = "l" * (len(leaf.shape) - 2) + "io"
-    weight = Quantized(codes, scales, mins, None, None, kind, axis, leaf.dtype, layout)
+    least = None if kind == "q8_0" else arrange(mins)
+    weight = Quantized(arrange(codes), arrange(scales), least, None, None, kind, axis, leaf.dtype, layout)
     placed = shardings(weight, leaf.sharding)
     if not weights:
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), weight, placed)
