@@ -1,6 +1,7 @@
 """Base weights in few bits: what they stand for, and that every update on them is what it is on the floats."""
 
 import importlib.util
+import math
 import re
 
 import jax
@@ -265,10 +266,14 @@ def test_a_step_holds_the_floats_of_one_layer(spec, remat) -> None:
         return jax.jit(jax.value_and_grad(loss)).lower(adapter.params, base).compile()
 
     on_floats, on_blocks = compiled(base), compiled(small)
-    floats = re.compile(r"f32\[8,(96,192|192,96)\]")
-    assert floats.search(on_floats.as_text())
-    assert not floats.search(on_blocks.as_text())
     kernel = 4 * 96 * 192
+
+    def of_all_layers(step) -> bool:
+        shapes = re.findall(r"\bf\d+\[([\d,]+)\]", step.as_text())
+        return any(4 * math.prod(map(int, shape.split(","))) >= 8 * kernel for shape in shapes)
+
+    assert of_all_layers(on_floats)
+    assert not of_all_layers(on_blocks)
     temporary = on_blocks.memory_analysis().temp_size_in_bytes
     assert temporary <= on_floats.memory_analysis().temp_size_in_bytes + 2 * kernel
     saved = on_floats.memory_analysis().argument_size_in_bytes - on_blocks.memory_analysis().argument_size_in_bytes
