@@ -132,13 +132,13 @@ def delta(adapter: Adapter, base: Any = None) -> dict[str, Array]:
     return deltas
 
 
-def by_path(adapter: Adapter) -> dict[str, tuple[Group, Update]]:
+def by_path(adapter: Adapter, updates: Mapping[str, Update] | None = None) -> dict[str, tuple[Group, Update]]:
     """{path: (group, update)}; the update's arrays lead with the array's stack axes, in their order.
 
-    An array that is adapted in some layers only gets zeros in the others.
+    An array that is adapted in some layers only gets zeros in the others. `updates` are the adapter's own by default.
     """
     found = {}
-    for name, update in adapter.updates().items():
+    for name, update in (adapter.updates() if updates is None else updates).items():
         group = adapter.sites[name]
         leaves, structure = jax.tree.flatten(update)
         # A split, because its transpose is one concatenation where L slices would each add a full-size array.

@@ -11,16 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import AxisType, NamedSharding
 
+from jaxpeft import sharding
 from jaxpeft.adapter import Adapter, by_path, check_base
 from jaxpeft.blocks import Quantized, is_quantized
 from jaxpeft.interpret import evaluate
 from jaxpeft.sites import Group, flatten, paths_and_leaves, with_leaves
 from jaxpeft.spec import Spec
 from jaxpeft.table import table
-from jaxpeft.updates import Block, Decomposed, Dropout, Update
+from jaxpeft.updates import Block, Decomposed, Dropout, PerShard, Update
 from jaxpeft.values import Adapted, Use, recording
 
 
@@ -52,12 +55,15 @@ class MaterializeWarning(UserWarning):
     """A weight had to be formed: correct, but it costs the time and memory that fusing saves."""
 
 
-def adapt(fn: Callable) -> Callable:
+def adapt(fn: Callable, *, shardings: Any = None) -> Callable:
     """The function with adapters applied to its first argument.
 
     Args:
         fn: called as ``fn(base, *args, **kwargs)``; any JAX function of the parameters, e.g. a Linen ``apply``, or a
             function that merges an NNX module from its state. It is not changed, and the base is not copied.
+        shardings: on a mesh, how the base lies on it: a tree of `NamedSharding` like the base, from
+            `jaxpeft.sharding.of(base)` or the rules it was placed by. The factors then lie as the kernels do, and their
+            gradients are summed once over the mesh axis ``data``. Not needed where the mesh's axes are explicit.
 
     Returns:
         ``forward(base, adapter, *args, dropout_key=None, **kwargs)``, which returns what ``fn`` returns for the base
@@ -81,12 +87,13 @@ def adapt(fn: Callable) -> Callable:
         >>> forward(base, adapter, jnp.ones((1, 3)))
         Array([[3., 3., 3., 3.]], dtype=float32)
     """
+    on_mesh = sharding.flatten_shardings(shardings)
 
     def forward(
         base: Any, adapter: Adapter | Sequence[Adapter], *args: Any, dropout_key: Array | None = None, **kwargs: Any
     ) -> Any:
         adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
-        out, uses = _evaluate(fn, base, adapters, args, kwargs, dropout_key)
+        out, uses = _evaluate(fn, base, adapters, args, kwargs, dropout_key, on_mesh)
         if formed := Report(tuple(uses.items())).materialized:
             by = sorted({use.primitive for use in uses if not use.fused})
             warnings.warn(
@@ -127,7 +134,7 @@ def explain(fn: Callable, base: Any, adapter: Adapter | Sequence[Adapter], *args
 
     def shapes_only(base: Any, adapters: list[Adapter], dynamic: list) -> Any:
         args, kwargs = _join_arrays(dynamic, static, structure)
-        out, uses = _evaluate(fn, base, adapters, args, kwargs, None)
+        out, uses = _evaluate(fn, base, adapters, args, kwargs, None, {})
         reports.append(Report(tuple(uses.items())))
         return out
 
@@ -142,9 +149,11 @@ def _evaluate(
     args: tuple,
     kwargs: dict,
     dropout_key: Array | None,
+    shardings: Mapping[str, NamedSharding],
 ) -> tuple[Any, Counter[Use]]:
     """What the adapted function returns, and how it used the weights."""
-    values = _adapted_weights(flatten(base), adapters, dropout_key)
+    shardings = shardings or sharding.explicit(base)
+    values = _adapted_weights(flatten(base), adapters, dropout_key, shardings)
     dynamic, static, structure = _split_arrays((args, kwargs))
 
     def plain(base: Any, dynamic: list) -> Any:
@@ -152,7 +161,7 @@ def _evaluate(
         return fn(base, *args, **kwargs)
 
     leaves = paths_and_leaves(base)
-    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_quantized(leaf) else leaf for _, leaf in leaves]
+    shapes = [_floats(leaf) if is_quantized(leaf) else leaf for _, leaf in leaves]
     jaxpr, out_shape = jax.make_jaxpr(plain, return_shape=True)(with_leaves(base, shapes), dynamic)
     weights = [values.get(path) or (_quantized(path, leaf) if is_quantized(leaf) else leaf) for path, leaf in leaves]
     with recording() as uses:
@@ -166,6 +175,14 @@ def _evaluate(
     return jax.tree.unflatten(jax.tree.structure(out_shape), outputs), uses
 
 
+def _floats(weight: Quantized) -> jax.ShapeDtypeStruct:
+    """The array that a model is traced with in place of a weight in few bits."""
+    at = jax.typeof(weight.codes).sharding
+    if AxisType.Explicit in at.mesh.axis_types:
+        return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=at)
+    return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+
+
 def _quantized(path: str, weight: Quantized) -> Adapted:
     """A frozen weight in few bits, as a value without updates."""
     layout = weight.layout.rjust(weight.ndim, "l")[-weight.ndim :]  # One that is vmapped has lost or gained an axis.
@@ -173,13 +190,16 @@ def _quantized(path: str, weight: Quantized) -> Adapted:
 
 
 def _adapted_weights(
-    leaves: dict[str, Any], adapters: Sequence[Adapter], dropout_key: Array | None
+    leaves: dict[str, Any],
+    adapters: Sequence[Adapter],
+    dropout_key: Array | None,
+    shardings: Mapping[str, NamedSharding],
 ) -> dict[str, Adapted]:
     """{path: value} over the sites of all adapters."""
     values: dict[str, Adapted] = {}
     for number, adapter in enumerate(adapters):
         check_base(adapter.sites, leaves)
-        found = by_path(adapter)
+        found = by_path(adapter, sharding.updates(adapter, shardings) if shardings else None)
         _check_outputs(found, leaves)
         for at, (path, (group, update)) in enumerate(found.items()):
             spec = adapter.spec.part(group)
@@ -210,6 +230,12 @@ def _check_outputs(found: Mapping[str, tuple[Group, Update]], leaves: Mapping[st
 
 def _with_dropout(update: Update, keys: Array, spec: Spec, path: str) -> Update:
     """The update with dropout, on the inside of what wraps it."""
+    if isinstance(update, PerShard) and (isinstance(update.update, Decomposed | Block) or spec.dropout_on == "factors"):
+        # Factors drop the same on every shard; of what is dropped inside the update each shard draws its own.
+        shards = jax.tree.leaves(update)[0].shape[keys.ndim]
+        own = jax.vmap(lambda shard: _folded(keys, 0 if spec.dropout_on == "factors" else shard), out_axes=-1)
+        inner = _with_dropout(update.update, own(jnp.arange(shards)), spec, path)
+        return dataclasses.replace(update, update=inner)
     if isinstance(update, Decomposed | Block):
         return dataclasses.replace(update, update=_with_dropout(update.update, keys, spec, path))
     if not update.additive:
@@ -218,6 +244,11 @@ def _with_dropout(update: Update, keys: Array, spec: Spec, path: str) -> Update:
             "product of its own to drop; use dropout=0, or call without dropout_key"
         )
     return Dropout(update, keys, spec.dropout, spec.dropout_on, spec.dropout_pattern)
+
+
+def _folded(keys: Array, number: Array | int) -> Array:
+    """`jax.random.fold_in` for an array of keys."""
+    return jnp.vectorize(jax.random.fold_in)(keys, number)
 
 
 def _split_arrays(tree: Any) -> tuple[list, list, Any]:

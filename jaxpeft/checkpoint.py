@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from jaxpeft import sharding as placing
 from jaxpeft.adapter import Adapter, abstract
 from jaxpeft.blocks import is_quantized
 from jaxpeft.methods import spec_from_dict
@@ -56,13 +57,14 @@ def save(path: str | Path, adapter: Adapter, *, base: Any = None, overwrite: boo
         checkpoints.save(0 if newest is None else newest + 1, adapter, base=base)
 
 
-def load(path: str | Path, *, base: Any = None, sharding: Sharding | None = None) -> Adapter:
+def load(path: str | Path, *, base: Any = None, sharding: Sharding | None = None, shardings: Any = None) -> Adapter:
     """Reads the adapter of a folder that `save` or a training run wrote; of a run, the newest step.
 
     Args:
         path: the folder.
         base: the parameters it is to change; checked against the fingerprint it was saved with.
-        sharding: where its arrays go, on any mesh; by default whole on the default device.
+        sharding: where all its arrays go; by default whole on the default device.
+        shardings: of a base on a mesh, as in `adapt`: the adapter goes where that base wants it (`jaxpeft.sharding`).
 
     Raises:
         CheckpointError: there is no adapter, it is damaged, it is of a newer format, or of another base.
@@ -75,7 +77,12 @@ def load(path: str | Path, *, base: Any = None, sharding: Sharding | None = None
         spec, sites = spec_from_dict(metadata["spec"]), Sites.from_dict(metadata["sites"])
         template = jax.eval_shape(partial(abstract, spec, sites))
         where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), template)
+        places = jax.tree.map(lambda leaf: where, template)
+        if shardings is not None:
+            places = placing.adapter(template, shardings)
+        template = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), template, places
+        )
         adapter, _, _ = checkpoints.restore(step, template, base=base)
         return adapter
 
@@ -131,8 +138,10 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # If a process is gone, what the others wait for to complete a save will not happen.
+        if jax.process_count() == 1 or kind is None or not issubclass(kind, jax.errors.JaxRuntimeError):
+            self._manager.close()
 
     def latest(self) -> int | None:
         """The newest complete step; None if there is none."""
@@ -165,7 +174,7 @@ class Checkpoints:
             extra: anything JSON-able, such as the position in the data.
             metrics: numbers of this step, kept in the metadata.
         """
-        constants = jax.tree.map(lambda leaf: leaf.astype(saved_dtype(np.asarray(leaf))), adapter.constants)
+        constants = jax.tree.map(lambda leaf: leaf.astype(saved_dtype(placing.whole(leaf))), adapter.constants)
         if base is not None:
             base_fingerprint = fingerprint(base)
         metadata = {
@@ -286,7 +295,7 @@ def fingerprint(base: Any) -> str:
         digest.update(f"{path}{tuple(leaf.shape)}".encode())
         picks = np.unique(np.linspace(0, math.prod(leaf.shape) - 1, 64).astype(np.int64))
         values = leaf[np.unravel_index(picks, leaf.shape)] if leaf.shape else leaf
-        digest.update(np.asarray(values).astype(jnp.bfloat16).tobytes())
+        digest.update(placing.whole(values).astype(jnp.bfloat16).tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -311,9 +320,7 @@ def _describe(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def _checksum(leaf: Any) -> str:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(placing.whole(leaf)).tobytes()).hexdigest()
 
 
 def _digest(metadata: Mapping[str, Any]) -> str:

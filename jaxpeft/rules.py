@@ -16,7 +16,7 @@ from jax.extend.core import primitives
 from jaxpeft.blocks import Quantized, dequantized, rearranged
 from jaxpeft.layout import to_matrix
 from jaxpeft.updates import Base, Update
-from jaxpeft.values import Adapted, by_layer, record
+from jaxpeft.values import Adapted, by_layer, in_auto, record
 
 
 def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
@@ -28,9 +28,10 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     value, x = (lhs, rhs) if on_left else (rhs, lhs)
     contract, batch = (lhs_contract, lhs_batch) if on_left else (rhs_contract, rhs_batch)
     x_contract, x_batch = (rhs_contract, rhs_batch) if on_left else (lhs_contract, lhs_batch)
+    frozen = _frozen(params, value, on_left)
     if not value.updates:  # In few bits and not adapted: any product will do.
         record(value, "dot_general", fused=True)
-        return _frozen(params, value, x, on_left)
+        return frozen(value.weight, x)
     contracted = [value.order[axis] for axis in contract]
     batched = [value.order[axis] for axis in batch]
     stack = value.axes("l")
@@ -45,12 +46,11 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
         raise ValueError(f"{value.site}: an adapter behind a layer's output, but here its transpose is multiplied")
     record(value, "dot_general", fused=True)
 
-    # x as (*batched stack, *free, features) in the order of the weight's own axes.
+    outs = value.axes("i" if backwards else "o")
+    additive = all(update.additive for update in value.updates)
     x_stack = [x_batch[batched.index(axis)] for axis in stack if axis in batched]
     x_features = [x_contract[contracted.index(axis)] for axis in sorted(contracted)]
     x_free = [axis for axis in range(x.ndim) if axis not in (*x_batch, *x_contract)]
-    rows = jnp.transpose(x, [*x_stack, *x_free, *x_features])
-    rows = rows.reshape(*rows.shape[: len(x_stack) + len(x_free)], -1)
 
     def product(updates: tuple[Update, ...], matrix: Array | None, rows: Array) -> Array:
         def forward(rows: Array) -> Array:
@@ -63,8 +63,6 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
         out = jax.eval_shape(forward, like)
         return jax.linear_transpose(forward, like)(rows.astype(out.dtype))[0]
 
-    additive = all(update.additive for update in value.updates)
-
     def over(stack: Sequence[int], updates: tuple[Update, ...], matrix: Array | None, rows: Array) -> Array:
         if not stack:
             return product(updates, matrix, rows)
@@ -73,39 +71,40 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
         inner = partial(over, stack[1:])
         return jax.vmap(lambda leaves, *others: inner(join(leaves), *others), in_axes=in_axes)(leaves, matrix, rows)
 
-    def updated(updates: tuple[Update, ...], weight: Array | Quantized, rows: Array) -> Array:
-        return over(stack, updates, None if additive else to_matrix(weight, value.layout), rows)
+    def computed(updates: tuple[Update, ...], weight: Array | Quantized | None, x: Array) -> Array:
+        # x as (*batched stack, *free, features) in the order of the weight's own axes.
+        rows = jnp.transpose(x, [*x_stack, *x_free, *x_features])
+        rows = rows.reshape(*rows.shape[: len(x_stack) + len(x_free)], -1)
+        with _precision(params["precision"]):
+            y = over(stack, updates, None if weight is None else to_matrix(weight, value.layout), rows)
+        y = y.reshape(*y.shape[:-1], *(value.weight.shape[axis] for axis in outs))
+        # From (*stack, *free, *outs) to dot_general's own order: batch, free axes of lhs, free axes of rhs.
+        free_of_value = [("w", axis) for axis in value.order if axis not in contracted and axis not in batched]
+        free_of_x = [("x", axis) for axis in x_free]
+        have = [*(("w", axis) for axis in stack), *free_of_x, *(("w", axis) for axis in outs)]
+        want = [("w", axis) for axis in batched]
+        want += free_of_value + free_of_x if on_left else free_of_x + free_of_value
+        return jnp.transpose(y, [have.index(axis) for axis in want])
 
-    if quantized and not additive:  # As in `_frozen`.
-        updated = jax.checkpoint(updated)
-    with _precision(params["precision"]):
-        y = updated(value.updates, value.weight, rows)
-    outs = value.axes("i" if backwards else "o")
-    y = y.reshape(*y.shape[:-1], *(value.weight.shape[axis] for axis in outs))
-
-    # From (*stack, *free, *outs) to dot_general's own order: batch, free axes of lhs, free axes of rhs.
-    free_of_value = [("w", axis) for axis in value.order if axis not in contracted and axis not in batched]
-    free_of_x = [("x", axis) for axis in x_free]
-    have = [*(("w", axis) for axis in stack), *free_of_x, *(("w", axis) for axis in outs)]
-    want = [("w", axis) for axis in batched]
-    want += free_of_value + free_of_x if on_left else free_of_x + free_of_value
-    y = jnp.transpose(y, [have.index(axis) for axis in want])
     if not additive:
-        return y
-    frozen = _frozen(params, value, x, on_left)
-    return frozen + y.astype(frozen.dtype)
+        like = jax.eval_shape(frozen, value.weight, x)
+        again = jax.checkpoint(computed) if quantized else computed  # As in `_frozen`.
+        return in_auto(again, like)(value.updates, value.weight, x)
+    y = frozen(value.weight, x)
+    return y + in_auto(lambda updates, x: computed(updates, None, x).astype(y.dtype), y)(value.updates, x)
 
 
-def _frozen(params: dict, value: Adapted, x: Array, on_left: bool) -> Array:
-    """The model's own product with W."""
+def _frozen(params: dict, value: Adapted, on_left: bool) -> Callable[[Array | Quantized, Array], Array]:
+    """The model's own product, of W and x."""
 
     def product(weight: Array | Quantized, x: Array) -> Array:
-        weight = jnp.transpose(dequantized(weight), value.order)
-        return primitives.dot_general_p.bind(*((weight, x) if on_left else (x, weight)), **params)
+        floats = in_auto(dequantized, weight)(weight) if isinstance(weight, Quantized) else weight
+        floats = jnp.transpose(floats, value.order)
+        return primitives.dot_general_p.bind(*((floats, x) if on_left else (x, floats)), **params)
 
     # The backward pass of x·W needs W. From few bits it is made a second time, or the floats of all layers would wait
     # for it; the product itself is not repeated, for nothing there needs it.
-    return jax.checkpoint(product)(value.weight, x) if isinstance(value.weight, Quantized) else product(value.weight, x)
+    return jax.checkpoint(product) if isinstance(value.weight, Quantized) else product
 
 
 def _dot(params: dict, matrix: Array, rows: Array) -> Array:
@@ -142,7 +141,7 @@ def add(params: dict, lhs: Any, rhs: Any) -> Any:
     record(value, "add", fused=True)
     y = primitives.add_p.bind(x, jnp.transpose(value.weight, value.order), **params)
     one = jax.tree.map(lambda leaf: jnp.squeeze(leaf, tuple(range(x.ndim - 1))), value.updates)
-    return _transformed(one, y)
+    return in_auto(_transformed, y)(one, y)
 
 
 def _precision(precision: Any) -> contextlib.AbstractContextManager:

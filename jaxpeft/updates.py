@@ -8,13 +8,14 @@ filled in a stacked array.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,15 @@ class Update:
         additive: W' = W0 + ΔW with a ΔW that does not depend on W0.
         formed: applying it needs ΔW as an array, so forming W' loses nothing.
         on_output: it changes what the layer gives out, not its weight; then `transform` is all it has.
+        axes: one letter an axis behind the layers, for arrays with an axis of the weight's ``i`` or ``o`` features,
+            as in ``{"a": "ri"}``: on a mesh they are split as the weight is. Of an update inside this one ``"io"`` says
+            that it has the same two sides. What is not listed stays whole.
     """
 
     additive: ClassVar[bool] = True
     formed: ClassVar[bool] = False
     on_output: ClassVar[bool] = False
+    axes: ClassVar[Mapping[str, str]] = {}
 
     def delta(self) -> Array:
         """ΔW, (in, out), float32."""
@@ -91,6 +96,8 @@ class LowRank(Update):
         ((3, 5), 1.0)
     """
 
+    axes: ClassVar[Mapping[str, str]] = {"a": "ri", "b": "ro"}
+
     a: Array
     b: Array
     scale: Array
@@ -120,6 +127,7 @@ class Dense(Update):
     """
 
     formed: ClassVar[bool] = True
+    axes: ClassVar[Mapping[str, str]] = {"w": "io"}
 
     w: Array
     scale: Array
@@ -237,6 +245,7 @@ class Decomposed(Update):
     """
 
     additive: ClassVar[bool] = False
+    axes: ClassVar[Mapping[str, str]] = {"update": "io", "magnitude": "o"}
 
     update: Update
     magnitude: Array
@@ -280,6 +289,7 @@ class Block(Update):
 
     additive: ClassVar[bool] = False
     on_output: ClassVar[bool] = True
+    axes: ClassVar[Mapping[str, str]] = {"bias": "o"}
 
     update: Update
     bias: Array
@@ -294,3 +304,70 @@ class Block(Update):
             "this adapter acts on a layer's output through a non-linearity, so there is no W' to form or to merge; "
             "keep it and call the model through jaxpeft.adapt, or use methods.surm, which changes the weight itself"
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PerShard(Update):
+    """One copy of an update for each shard of the batch, so that each shard's gradients go to its own copy.
+
+    On a mesh the copies lie on the devices of their shards. Then no product needs a collective for the gradients of its
+    factors, and they are summed where the copies came from: over a pool's few numbers instead of a factor's many.
+
+    A shard is one of equal runs of the first axis of x. Where x has no such axis, or the weight is formed, the first
+    copy serves all; the result is the same, the gradients just travel further.
+
+    Attributes:
+        update: its arrays are (..., shards, …).
+        mesh: where the copies lie; None for the mesh of the context.
+        axis: the mesh axis that the copies and the first axis of x are split over.
+    """
+
+    update: Update
+    mesh: Mesh | None = dataclasses.field(metadata={"static": True})
+    axis: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def additive(self) -> bool:  # noqa: D102  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.update.additive
+
+    @property
+    def on_output(self) -> bool:  # noqa: D102  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.update.on_output
+
+    def delta(self) -> Array:  # noqa: D102
+        return _first(self.update).delta()
+
+    def delta_matmul(self, x: Array) -> Array:  # noqa: D102
+        return self._by_shard(lambda update, x: update.delta_matmul(x), x)
+
+    def delta_rows(self, take: Callable[[Array], Array]) -> Array | None:  # noqa: D102
+        return _first(self.update).delta_rows(take)
+
+    def materialize(self, weight: Array) -> Array:  # noqa: D102
+        return _first(self.update).materialize(weight)
+
+    def matmul(self, x: Array, base: Base) -> Array:  # noqa: D102
+        return self._by_shard(lambda update, x: update.matmul(x, base), x)
+
+    def transform(self, y: Array) -> Array:  # noqa: D102
+        return self._by_shard(lambda update, y: update.transform(y), y)
+
+    def _by_shard(self, function: Callable[[Update, Array], Array], x: Array) -> Array:
+        shards = jax.tree.leaves(self.update)[0].shape[0]
+        if x.ndim < 2 or x.shape[0] % shards:
+            return function(_first(self.update), x)
+        # Not a vmap: XLA keeps most of a mapped axis on its devices, but gathers it for an FFT.
+        return jax.shard_map(
+            lambda update, x: function(_first(update), x),
+            mesh=self.mesh,
+            in_specs=PartitionSpec(self.axis),
+            out_specs=PartitionSpec(self.axis),
+            axis_names={self.axis},
+            check_vma=False,
+        )(self.update, x)
+
+
+def _first(update: Update) -> Update:
+    """The first of the copies that lead an update's arrays."""
+    return jax.tree.map(lambda leaf: leaf[0], update)

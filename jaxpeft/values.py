@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType
 
 from jaxpeft.blocks import Quantized, dequantized
 from jaxpeft.layout import axes, from_matrix, sizes, to_matrix
@@ -64,9 +65,13 @@ class Adapted:
         """W' formed in float32 and cast once to the dtype of W."""
         if not self.updates:
             return jnp.transpose(dequantized(self.weight), self.order)
-        frozen = to_matrix(self.weight, self.layout).astype(jnp.float32)
-        formed = over_stack(materialize, len(self.axes("l")))(self.updates, frozen).astype(self.weight.dtype)
-        return jnp.transpose(from_matrix(formed, self.layout, self.weight.shape), self.order)
+
+        def form(updates: tuple[Update, ...], weight: Array | Quantized) -> Array:
+            frozen = to_matrix(weight, self.layout).astype(jnp.float32)
+            formed = over_stack(materialize, len(self.axes("l")))(updates, frozen).astype(weight.dtype)
+            return from_matrix(formed, self.layout, weight.shape)
+
+        return jnp.transpose(in_auto(form, self.weight)(self.updates, self.weight), self.order)
 
 
 def materialize(updates: tuple[Update, ...], weight: Array) -> Array:
@@ -75,6 +80,17 @@ def materialize(updates: tuple[Update, ...], weight: Array) -> Array:
     for other in others:
         total = total + (other - weight)
     return total
+
+
+def in_auto(function: Callable, like: Any) -> Callable:
+    """A function whose result lies as `like` does; how its operations lie is the compiler's to choose.
+
+    On a mesh of explicit axes every product of two split arrays would have to say how its result lies.
+    """
+    sharding = jax.typeof(like.codes if isinstance(like, Quantized) else like).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return function
+    return jax.sharding.auto_axes(function, out_sharding=sharding)
 
 
 def over_stack(fn: Callable, axes: int) -> Callable:

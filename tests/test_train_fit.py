@@ -117,7 +117,7 @@ def test_a_dry_run_loads_and_writes_nothing(model, tmp_path, capsys, monkeypatch
     assert "layers/mlp/down_proj/kernel" in printed
     assert "trained parameters" in printed
     assert "9 steps; batches of 16 x 56" in printed
-    assert " MB = base 0.1 + adapter" in printed
+    assert " MB = base 0.0 + adapter" in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -355,7 +355,7 @@ LONG = (
 
 
 class Run:
-    """A run in a process of its own, on one device."""
+    """A run in processes of its own."""
 
     def __init__(self, model, folder, cache, *overrides):
         path = folder.parent / f"{folder.name}.yaml"

@@ -5,6 +5,8 @@ import json
 import pytest
 import tiny
 
+from jaxpeft import quantize
+from train import config, job
 from train.__main__ import main
 
 CONFIG = """
@@ -39,14 +41,14 @@ def test_a_run_and_its_continuation(path, tmp_path, capsys) -> None:
     assert "another base" in capsys.readouterr().err
 
 
-def test_a_dry_run_counts_the_bytes(path, tmp_path, capsys) -> None:
-    deep = tiny.save_model(tmp_path / "deep", width=64, layers=8)
-
-    def megabytes(*overrides: str) -> float:
-        assert main(["fit", str(path), "--dry-run", f"model.name={deep}", *overrides]) == 0
-        return float(capsys.readouterr().out.rpartition("= base ")[2].split()[0])
-
-    assert megabytes() < megabytes("model.quantize=int8") < megabytes("model.quantize=null")
+def test_shapes_are_those_of_the_few_bits(path, capsys) -> None:
+    """So a dry run and a plan count the bytes that there will be."""
+    kinds = ("nf4", "int8", "null")
+    made = [job.subject(config.load(path, [f"model.quantize={kind}"]), weights=False).base for kind in kinds]
+    sizes = [quantize.nbytes(base) for base in made]
+    assert sizes == sorted(set(sizes))
+    assert main(["fit", str(path), "--dry-run"]) == 0
+    assert "memory per device" in capsys.readouterr().out
 
 
 def test_mistakes(path, tmp_path, capsys) -> None:

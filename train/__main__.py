@@ -4,16 +4,18 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 NOTES = """exit codes: 0 done; 1 something could not be used (said on stderr); 2 mistakes in the configuration or
-the command; 3 the loss is not finite; 143 stopped by SIGTERM or Ctrl-C after a checkpoint, the same command goes on
+the command; 3 the loss is not finite; 4 another process is gone, the same commands go on; 143 stopped by SIGTERM or
+Ctrl-C after a checkpoint, the same command goes on
 
 several processes: set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each; the first one
-writes, and all need the run folder"""
+writes, and all need the run folder. One that does not answer for JAXPEFT_HEARTBEAT_SECONDS (60) counts as gone"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,31 +31,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Remarks on ordinary things: an adapter is read without wanting to change its folder; PyTorch is not installed.
     logging.getLogger("absl").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if hasattr(options, "prepare"):
+        options.prepare(options)
     # Below the parser: --help should not wait for JAX.
     import jax
 
     from jaxpeft.checkpoint import CheckpointError
-    from train import loop
+    from train import loop, processes
     from train.builtin import DownloadError
     from train.config import ConfigError
     from train.rows import DataError
     from train.run import RunError
     from train.template import TemplateError
 
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        processes, number = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-        jax.distributed.initialize(
-            num_processes=int(processes) if processes else None, process_id=int(number) if number else None
-        )
-        console.quiet = jax.process_index() > 0
     try:
-        options.command(options, console)
+        with processes.together(orderly=(loop.Stopped, loop.Diverged)):
+            console.quiet = jax.process_index() > 0
+            options.command(options, console)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     except loop.Diverged as error:
         print(error, file=sys.stderr)
         return 3
+    except processes.Lost as error:
+        print(error, file=sys.stderr)
+        return 4
     except loop.Stopped as error:
         print(error, file=sys.stderr)
         return 143
@@ -143,6 +146,40 @@ def _methods(options: argparse.Namespace, console: Console) -> None:
     )
 
 
+def _simulate(options: argparse.Namespace) -> None:
+    """What has to be in the environment before JAX is imported."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if options.cpu:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.cpu}"
+        os.environ["XLA_FLAGS"] = flags.strip()
+
+
+def _plan(options: argparse.Namespace, console: Console) -> None:
+    import json
+
+    from train import config, plan, topology
+
+    parsed = config.load(options.config, options.overrides)
+    if options.cpu and options.topology:
+        raise config.ConfigError(["plan: give --topology or --cpu, not both"])
+    names = [f"cpu:{options.cpu}"] if options.cpu else options.topology or ["v5e:4x4"]
+    try:
+        machines = [topology.named(name) for name in names]
+    except topology.TopologyError as error:
+        raise config.ConfigError([f"--topology: {error}"]) from None
+    methods = [name.strip() for name in options.methods.split(",")] if options.methods else ()
+    found = []
+    for one in plan.plans(parsed, machines, methods):
+        found.append(one)
+        if len(machines) * len(methods or "1") > 1:
+            print(f"{one.topology} {one.method}: {one.compile_seconds:.0f} s", file=sys.stderr)
+    if options.json:
+        described = [one.to_dict() for one in found]
+        print(json.dumps(described[0] if len(described) == 1 else described, indent=2))
+    else:
+        console.print(plan.text(found), markup=False, highlight=False, no_wrap=True, crop=False)
+
+
 def _run_or_config(path: str, overrides: Sequence[str]):
     """The configuration, and the run folder if `path` is one."""
     from train import config
@@ -216,7 +253,9 @@ def _parser() -> argparse.ArgumentParser:
         "--model smollm2-135m-instruct --parameters 500000",
     )
     methods.add_argument(
-        "--model", default="llama2-7b", help="a model as in configurations; only its shapes count (default llama2-7b)"
+        "--model",
+        default="meta-llama/Llama-2-7b-hf",
+        help="a model as in configurations; only its shapes count (default %(default)s)",
     )
     methods.add_argument(
         "--parameters",
@@ -227,10 +266,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     methods.add_argument("--method", action="append", metavar="NAME", help="only this one; may be repeated")
     methods.add_argument("--pages", metavar="FOLDER", help="write a page of documentation for each instead")
+    plan = command(
+        "plan",
+        _plan,
+        "Compile the training step for a machine that is not there: does it fit, and what bounds it?",
+        "configs/llama2-7b-mos.yaml --topology v5e:4x4 --methods lora,mos,prolora,vera,full",
+    )
+    plan.set_defaults(prepare=_simulate)
+    plan.add_argument("config", help="a YAML file; no weights, data or tokenizer are read")
+    plan.add_argument("overrides", **overrides)
+    plan.add_argument(
+        "--topology",
+        action="append",
+        metavar="NAME",
+        help="v5e:4x4, v5p:2x2x2, v6e:4x4, cuda:1x1x8 (slices x hosts x GPUs), …; may be repeated (default v5e:4x4)",
+    )
+    plan.add_argument("--cpu", type=int, metavar="N", help="simulated devices of this machine instead")
+    plan.add_argument("--methods", metavar="A,B", help="a table over these methods, at typical settings")
+    plan.add_argument("--json", action="store_true", help="print the figures as JSON")
     report = command("report", _report, "Write report.md and loss.png of a finished run again.", "runs/quickstart")
     report.add_argument("run", metavar="RUN", help="a run folder")
     return parser
 
 
+def _exit() -> None:
+    """Runs the command, and leaves the other processes, if there are any, as `processes.leave` says."""
+    try:
+        code = main()
+    except (KeyboardInterrupt, Exception):
+        traceback.print_exc()
+        code = 1
+    if "jax" in sys.modules:
+        from train import processes
+
+        processes.leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit()

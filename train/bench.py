@@ -1,5 +1,6 @@
 """Step times side by side: adapters and the frozen bound, interleaved in one process on the same batch."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -81,7 +82,7 @@ def steps(config: Config, console: Console, *, rounds: int = 7, names: Sequence[
         raise ConfigError([f"--only: unknown adapter {name!r}; expected one of {', '.join(SPECS)}" for name in unknown])
     made = job.assemble(config)
     batch = max(made.batches, key=lambda batch: sum(batch.length == other.length for other in made.batches))
-    arrays = devices.shard(data.collate(batch, made.examples), made.mesh)
+    arrays = devices.shard(data.collate(batch, made.examples), made.mesh, len(batch.sequences))
     tokens = data.tokens(batch, made.lengths)
     runs: dict[str, Callable[[], Any]] = {}
     facts: dict[str, tuple[int, float, float]] = {}
@@ -130,13 +131,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _adapter_step(made: job.Job, spec: Spec, batch: dict[str, jax.Array]) -> tuple[Any, tuple, int]:
-    adapter = devices.replicate(jaxpeft.init(jax.random.key(0), spec, made.adapter.sites), made.mesh)
+    subject = dataclasses.replace(made, adapter=jaxpeft.init(jax.random.key(0), spec, made.adapter.sites))
+    adapter = jax.device_put(subject.adapter, subject.stored)
     optimizer = optim.optimizer(made.config.optimizer, 1000, spec)
-    state = devices.replicate(optimizer.init(adapter.params), made.mesh)
-    step = optim.step_function(jaxpeft.adapt(made.model.token_losses), optimizer, made.config.train.accumulate)
+    state = jax.device_put(optimizer.init(adapter.params), optim.state_shardings(optimizer, subject))
     # Nothing is donated, so that every round starts from the same arrays.
+    step = optim.compiled_step(made.config, optimizer, subject, donate=False)
     arguments = (adapter, state, made.base, batch, made.key, np.int32(1))
-    return jax.jit(step).lower(*arguments).compile(), arguments, jaxpeft.count(adapter)
+    return step.lower(*arguments).compile(), arguments, jaxpeft.count(adapter)
 
 
 def _frozen_step(made: job.Job, batch: dict[str, jax.Array]) -> tuple[Any, tuple, int]:
@@ -149,4 +151,4 @@ def _frozen_step(made: job.Job, batch: dict[str, jax.Array]) -> tuple[Any, tuple
         return jnp.sum(losses * batch["weights"]) / jnp.sum(batch["weights"])
 
     arguments = (norms, made.base, batch)
-    return jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile(), arguments, 0
+    return devices.Compiled(jax.value_and_grad(loss), made.mesh).lower(*arguments).compile(), arguments, 0

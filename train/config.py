@@ -17,6 +17,7 @@ from jaxpeft.methods import METHODS
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Size = Annotated[int, Field(ge=-1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -30,6 +31,8 @@ class Model:
     """The type the weights are held and multiplied in."""
     quantize: Literal["nf4", "int8", "int4", "gguf"] | None = None
     """Holds the linear weights in few bits; see `jaxpeft.quantize`. `gguf`: a built-in model's own blocks."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again instead of keeping: nothing of a layer, all but its products, all."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,20 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """How the devices of all processes are arranged: their number is the product of the four sizes.
+
+    A batch is split over data and fsdp, the weights over fsdp and tensor, the sequences over sequence. One size may be
+    -1: it takes what the others leave.
+    """
+
+    data: Size = 1
+    fsdp: Size = -1
+    tensor: Size = 1
+    sequence: Size = 1
+
+
+@dataclass(frozen=True)
 class Train:
     """How long, and how much at a time."""
 
@@ -151,6 +168,7 @@ class Config:
     train: Train
     output: Output
     sites: Sites = field(default_factory=Sites)
+    mesh: Mesh = field(default_factory=Mesh)
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluate: Evaluate = field(default_factory=Evaluate)
 
@@ -159,6 +177,7 @@ SECTIONS = {
     "model": Model,
     "sites": Sites,
     "data": Data,
+    "mesh": Mesh,
     "optimizer": Optimizer,
     "train": Train,
     "evaluate": Evaluate,
@@ -328,9 +347,17 @@ def _nearest(name: str, choices: Sequence[str]) -> str:
 
 
 def _impossible(
-    data: Data | None = None, train: Train | None = None, evaluate: Evaluate | None = None, **_: Any
+    data: Data | None = None,
+    train: Train | None = None,
+    evaluate: Evaluate | None = None,
+    mesh: Mesh | None = None,
+    **_: Any,
 ) -> Iterator[str]:
     """Settings that are each valid but not together."""
+    if mesh and [*dataclasses.astuple(mesh)].count(-1) > 1:
+        yield "mesh: only one size may be -1"
+    if mesh and 0 in dataclasses.astuple(mesh):
+        yield "mesh: a size is at least 1, or -1 for what the others leave"
     if train and train.steps is not None and train.epochs is not None:
         yield "train.steps: give either steps or epochs, not both"
     if train and train.steps is None and train.epochs is None:

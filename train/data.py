@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
-import jax
 import numpy as np
 
 from train.config import Data, Train
@@ -66,13 +65,13 @@ def encode(rows: Sequence[Row], template: Template, data: Data) -> tuple[list[Ro
     return kept, examples, note
 
 
-def bucket_lengths(lengths: Sequence[int], count: int) -> tuple[int, ...]:
-    """At most `count` lengths, multiples of 8, such that padding every row to the next of them pads least in all.
+def bucket_lengths(lengths: Sequence[int], count: int, multiple: int = MULTIPLE) -> tuple[int, ...]:
+    """At most `count` lengths, multiples of one number, such that padding each row to the next of them pads least.
 
     >>> bucket_lengths([3, 4, 5, 30, 31, 90], 2)
     (32, 96)
     """
-    sizes, rows = np.unique(-(-np.asarray(lengths) // MULTIPLE) * MULTIPLE, return_counts=True)
+    sizes, rows = np.unique(-(-np.asarray(lengths) // multiple) * multiple, return_counts=True)
     before = np.concatenate([[0], np.cumsum(rows)])
     # best[j] = (positions, lengths) when the j smallest sizes are covered; one more length is allowed each round.
     best: list[tuple[float, tuple[int, ...]]] = [(0, ())] + [(np.inf, ())] * len(sizes)
@@ -92,14 +91,14 @@ def input_lengths(examples: Sequence[Example]) -> np.ndarray:
     return np.array([len(example) - 1 for example in examples])
 
 
-def plan(lengths: np.ndarray, data: Data, train: Train) -> list[Batch]:
+def plan(lengths: np.ndarray, data: Data, train: Train, multiple: int = MULTIPLE) -> list[Batch]:
     """Every batch of a training run, in order. The same arguments give the same plan.
 
     Rows come in a new random order every epoch. Batches are formed within windows of that order, so that a batch may
     hold rows of similar length or sequences may be packed; what does not fill a batch waits for the next window.
     """
-    buckets = bucket_lengths(lengths, data.buckets if data.batching == "buckets" else 1)
-    capacity = -(-(data.max_length - 1) // MULTIPLE) * MULTIPLE if data.batching == "pack" else max(buckets)
+    buckets = bucket_lengths(lengths, data.buckets if data.batching == "buckets" else 1, multiple)
+    capacity = -(-(data.max_length - 1) // multiple) * multiple if data.batching == "pack" else max(buckets)
     order = iter(grain.MapDataset.range(len(lengths)).seed(data.seed).shuffle().repeat(train.epochs))
     batches: list[Batch] = []
     waiting: list[tuple[int, ...]] = []
@@ -156,16 +155,23 @@ def fixed_batches(lengths: np.ndarray, batch_size: int, buckets: int) -> list[Ba
     return batches
 
 
-def collate(batch: Batch, examples: Sequence[Example], packed: bool = False) -> dict[str, np.ndarray]:
-    """The arrays of this process's share of a batch, each (sequences, length).
+def collate(
+    batch: Batch, examples: Sequence[Example], packed: bool = False, rows: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays of a batch, or of some of its sequences, each (sequences, length).
+
+    Args:
+      batch: which examples.
+      examples: all of them.
+      packed: whether a sequence may hold several.
+      rows: the numbers of the sequences wanted, for instance those of this process; all by default.
 
     Returns:
       `tokens`, `targets` (int32) and `weights` (float32, 1 where a target is learned); when packed also `positions`
       (from 0 in each row) and `segment_ids` (from 1; 0 is padding). Unpacked rows are padded on the right, where
       causal attention never looks, and need neither.
     """
-    share = len(batch.sequences) // jax.process_count()
-    sequences = batch.sequences[jax.process_index() * share :][:share]
+    sequences = batch.sequences if rows is None else [batch.sequences[row] for row in rows]
     shape = (len(sequences), batch.length)
     arrays = {
         "tokens": np.zeros(shape, np.int32),
@@ -189,9 +195,11 @@ def collate(batch: Batch, examples: Sequence[Example], packed: bool = False) -> 
     return arrays
 
 
-def iterate(batches: Sequence[Batch], examples: Sequence[Example], packed: bool) -> grain.DatasetIterator:
+def iterate(
+    batches: Sequence[Batch], examples: Sequence[Example], packed: bool, rows: Sequence[int] | None = None
+) -> grain.DatasetIterator:
     """The collated batches; `get_state()` and `set_state()` of the iterator carry its position, a JSON-able dict."""
-    source = grain.MapDataset.source(batches).map(lambda batch: collate(batch, examples, packed))
+    source = grain.MapDataset.source(batches).map(lambda batch: collate(batch, examples, packed, rows))
     return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 

@@ -1,59 +1,124 @@
 """Where things run: the mesh, what is put on it, and compilation ahead of time."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh as DeviceMesh
+
+from train.config import ConfigError, Mesh
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+"""From the slowest links to the fastest: neighbours along the last axis are neighbouring devices."""
+ROWS = ("data", "fsdp")
+"""The mesh axes that split a batch by its sequences."""
 
 
-def data_mesh() -> Mesh:
-    """All devices of all processes along one axis, `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def sizes(config: Mesh, devices: int) -> dict[str, int]:
+    """The size of every mesh axis; -1 takes what the others leave.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    asked = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in asked.values() if size > 0)
+    found = {axis: devices // fixed if size < 0 else size for axis, size in asked.items()}
+    if math.prod(found.values()) != devices:
+        written = " x ".join(f"{axis} {size}" for axis, size in asked.items())
+        near = max(divisor for divisor in range(1, fixed + 1) if devices % divisor == 0)
+        raise ConfigError(
+            [
+                f"mesh: {written} does not fit {devices} devices; the product of the sizes must be {devices}, or "
+                f"divide it if one of them is -1 (the nearest that does: {near})"
+            ]
+        )
+    return found
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def mesh(config: Mesh) -> DeviceMesh:
+    """All devices of all processes."""
+    found = sizes(config, jax.device_count())
+    return jax.make_mesh(tuple(found.values()), tuple(found), axis_types=(AxisType.Auto,) * len(found))
+
+
+def everywhere(mesh: DeviceMesh) -> NamedSharding:
     """An array whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def by_rows(mesh: Mesh) -> NamedSharding:
-    """An array split over the devices along its first axis."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def of_batch(mesh: DeviceMesh, shape: Sequence[int]) -> NamedSharding:
+    """An array (sequences, …, length) split by sequences and, where the mesh splits those too, along them."""
+    entries: list[Any] = [ROWS, *[None] * (len(shape) - 1)]
+    if len(shape) > 1 and shape[-1] % mesh.shape["sequence"] == 0:
+        entries[-1] = "sequence"
+    return NamedSharding(mesh, PartitionSpec(*entries))
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
+def replicate(tree: Any, mesh: DeviceMesh) -> Any:
     """The whole tree on every device."""
     return jax.device_put(tree, everywhere(mesh))
 
 
-def shapes(tree: Any, mesh: Mesh) -> Any:
-    """What `replicate` gives, without memory."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere(mesh)), tree)
+def shapes(tree: Any, shardings: Any) -> Any:
+    """The shapes of a tree, laid out, without memory."""
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
 
 
-def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays, split over the devices along the first axis, of what each process holds of a batch."""
-    return {name: jax.make_array_from_process_local_data(by_rows(mesh), array) for name, array in batch.items()}
+def whole_batches(size: int, mesh: DeviceMesh) -> int:
+    """The size rounded up to a multiple of the devices that a batch is split over."""
+    parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    return -(-size // parts) * parts
 
 
-def whole_batches(size: int) -> int:
-    """The size rounded up to a multiple of the devices, so that a batch splits over them evenly."""
-    return -(-size // jax.device_count()) * jax.device_count()
+def rows_here(mesh: DeviceMesh, size: int) -> list[int]:
+    """The rows of a batch of `size` sequences that this process's devices hold; devices may share rows."""
+    indices = of_batch(mesh, (size,)).addressable_devices_indices_map((size,))
+    return sorted({row for (index,) in indices.values() for row in range(*index.indices(size))})
+
+
+def shard(batch: dict[str, np.ndarray], mesh: DeviceMesh, size: int) -> dict[str, jax.Array]:
+    """Global arrays (size, …) of the rows that this process holds, `rows_here`, in their order."""
+    place = np.zeros(size, np.int64)
+    rows = rows_here(mesh, size)
+    place[rows] = np.arange(len(rows))
+
+    def put(local: np.ndarray) -> jax.Array:
+        shape = (size, *local.shape[1:])
+        return jax.make_array_from_callback(
+            shape, of_batch(mesh, shape), lambda index: local[(place[index[0]], *index[1:])]
+        )
+
+    return {name: put(array) for name, array in batch.items()}
+
+
+def put(arrays: Sequence[np.ndarray], mesh: DeviceMesh) -> list[jax.Array]:
+    """Global arrays (sequences, …), split like a batch, of what every process holds whole."""
+    return [
+        jax.make_array_from_callback(array.shape, of_batch(mesh, array.shape), lambda index, array=array: array[index])
+        for array in arrays
+    ]
 
 
 class Compiled:
     """A jitted function that compiles each new shape explicitly, so that compilations can be counted and timed.
+
+    Args:
+      function: what is compiled, with `mesh` for the mesh of its context.
+      mesh: where it runs.
+      options: of `jax.jit`.
 
     Attributes:
       seconds: time spent tracing and compiling so far.
       executables: shapes of the arguments -> the compiled function.
     """
 
-    def __init__(self, function: Callable, **options: Any):
+    def __init__(self, function: Callable, mesh: DeviceMesh, **options: Any):
         self.jitted = jax.jit(function, **options)
+        self.mesh = mesh
         self.executables: dict[Any, Any] = {}
         self.seconds = 0.0
 
@@ -62,9 +127,14 @@ class Compiled:
         key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self.executables:
             start = time.perf_counter()
-            self.executables[key] = self.jitted.lower(*args).compile()
+            self.executables[key] = self.lower(*args).compile()
             self.seconds += time.perf_counter() - start
         return self.executables[key](*args)
+
+    def lower(self, *args: Any) -> Any:
+        """The function for arguments of these shapes, not yet compiled."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(*args)
 
 
 def peak_memory_bytes() -> int:

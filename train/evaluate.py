@@ -33,14 +33,14 @@ class Evaluator:
     def __init__(self, job: Job):
         self.job = job
         self.config = job.config.evaluate
-        self.batch_size = devices.whole_batches(self.config.batch_size)
-        forward = jaxpeft.adapt(job.model.token_losses)
+        self.batch_size = devices.whole_batches(self.config.batch_size, job.mesh)
+        forward = jaxpeft.adapt(job.model.token_losses, shardings=job.shardings)
 
         def losses(base: Any, adapter: Adapter, tokens: jax.Array, targets: jax.Array) -> jax.Array:
             # Mapped over alternative targets only, so the model itself runs once.
             return jax.vmap(lambda targets: forward(base, adapter, tokens, targets), in_axes=1, out_axes=1)(targets)
 
-        self.losses = devices.Compiled(losses, out_shardings=devices.everywhere(job.mesh))
+        self.losses = devices.Compiled(losses, job.mesh, out_shardings=devices.everywhere(job.mesh))
         self.generate = Generator(
             job,
             batch_size=self.config.batch_size,
@@ -110,7 +110,7 @@ class Evaluator:
                 for k, example in enumerate(lines[row]):
                     targets[i, k, : len(example) - 1] = example.tokens[1:]
             # Every process holds all rows, and gets all losses.
-            inputs = jax.device_put((tokens, targets), devices.by_rows(self.job.mesh))
+            inputs = devices.put((tokens, targets), self.job.mesh)
             losses = np.asarray(self.losses(self.job.base, adapter, *inputs))
             for i, row in enumerate(rows):
                 found[row] = [losses[i, k, : len(e) - 1][e.learned[1:]] for k, e in enumerate(lines[row])]

@@ -1,5 +1,6 @@
 """A whole run: measure, train, measure, save, reload, report."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -70,25 +71,21 @@ def dry_run(config: Config, console: Console) -> None:
     made = job.assemble(config, weights=False)
     console.print(str(made.adapter.sites), str(jaxpeft.summary(made.adapter)), *made.notes, sep="\n\n", markup=False)
     optimizer = optim.optimizer(config.optimizer, len(made.batches), config.method)
-    step = optim.step_function(
-        jaxpeft.adapt(made.model.token_losses), optimizer, config.train.accumulate, config.optimizer.orthogonality
+    opt_state = devices.shapes(
+        jax.eval_shape(optimizer.init, made.adapter.params), optim.state_shardings(optimizer, made)
     )
-    opt_state = devices.shapes(jax.eval_shape(optimizer.init, made.adapter.params), made.mesh)
     longest = max(made.batches, key=lambda batch: batch.length)
+    shape = (config.train.batch_size, longest.length)
     batch = {
-        name: jax.ShapeDtypeStruct(
-            (config.train.batch_size, longest.length), array.dtype, sharding=devices.by_rows(made.mesh)
-        )
+        name: jax.ShapeDtypeStruct(shape, array.dtype, sharding=devices.of_batch(made.mesh, shape))
         for name, array in data.collate(longest, made.examples, made.packed).items()
     }
     # What the compiler itself says, for the longest batch.
-    compiled = (
-        jax.jit(step, donate_argnums=(0, 1))
-        .lower(made.adapter, opt_state, made.base, batch, made.key, np.int32(1))
-        .compile()
+    step = optim.compiled_step(config, optimizer, made)
+    memory = step.lower(made.adapter, opt_state, made.base, batch, made.key, np.int32(1)).compile().memory_analysis()
+    base = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(made.base)
     )
-    memory = compiled.memory_analysis()
-    base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made.base))
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     console.print(
         f"\nmemory per device: {total / 1e6:,.1f} MB = base {base / 1e6:,.1f}"
@@ -106,7 +103,7 @@ def trained(subject: job.Subject, folder: Path) -> Adapter:
     """
     if not (folder / "adapter").exists():
         raise run.RunError(f"{folder}: no trained adapter yet; the run is not finished, start it again to go on")
-    return jaxpeft.load(folder / "adapter", base=subject.base, sharding=devices.everywhere(subject.mesh))
+    return jaxpeft.load(folder / "adapter", base=subject.base, shardings=subject.shardings)
 
 
 def show(console: Console, folder: Path) -> None:

@@ -16,7 +16,7 @@ class Generator:
 
     Args:
       subject: model, base and tokenizer.
-      batch_size: prompts at a time; rounded up to a multiple of the devices.
+      batch_size: prompts at a time; rounded up to a multiple of the devices they are split over.
       max_new_tokens: the longest answer.
       buckets: how many lengths prompts are padded to.
       temperature: 0 takes the likeliest token.
@@ -27,9 +27,9 @@ class Generator:
     ):
         self.subject = subject
         self.buckets = buckets
-        self.batch_size = devices.whole_batches(batch_size)
+        self.batch_size = devices.whole_batches(batch_size, subject.mesh)
         end_ids = tuple(sorted(subject.template.end_ids))
-        forward = jaxpeft.adapt(subject.model.generate)
+        forward = jaxpeft.adapt(subject.model.generate, shardings=subject.shardings)
 
         def generate(base, adapter, tokens, lengths, seed, number):
             return forward(
@@ -43,7 +43,7 @@ class Generator:
                 eos_ids=end_ids,
             )
 
-        self.generate = devices.Compiled(generate, out_shardings=devices.everywhere(subject.mesh))
+        self.generate = devices.Compiled(generate, subject.mesh, out_shardings=devices.everywhere(subject.mesh))
 
     def __call__(self, adapter: Adapter, prompts: Sequence[np.ndarray], seed: int = 0) -> list[str]:
         """The answers to tokenised prompts, in their order."""
@@ -57,7 +57,7 @@ class Generator:
                     tokens[i, : lengths[prompt]] = prompts[prompt]
                     used[i] = lengths[prompt]
             # Every process holds all prompts, and gets all answers.
-            inputs = jax.device_put((tokens, used), devices.by_rows(self.subject.mesh))
+            inputs = devices.put((tokens, used), self.subject.mesh)
             random = np.uint32(seed), np.uint32(number)
             generated = np.asarray(self.generate(self.subject.base, adapter, *inputs, *random))
             for i, row in enumerate(batch.sequences):

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-import jaxpeft
 from jaxpeft.adapter import Adapter
 from jaxpeft.checkpoint import Checkpoints, fingerprint
 from train import data, devices, optim
@@ -70,18 +69,14 @@ def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
     config, steps = job.config.train, len(job.batches)
     schedule = optim.schedule(job.config.optimizer, steps)
     optimizer = optim.optimizer(job.config.optimizer, steps, job.config.method)
-    forward = jaxpeft.adapt(job.model.token_losses)
-    step_function = devices.Compiled(
-        optim.step_function(forward, optimizer, config.accumulate, job.config.optimizer.orthogonality),
-        donate_argnums=(0, 1),
-        out_shardings=devices.everywhere(job.mesh),
-    )
+    step_function = optim.compiled_step(job.config, optimizer, job)
 
     # A copy: the step donates its adapter, and the job keeps the one it started from.
     adapter = jax.tree.map(jnp.copy, job.adapter)
-    opt_state = devices.replicate(jax.jit(optimizer.init)(adapter.params), job.mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=optim.state_shardings(optimizer, job))(adapter.params)
     state = {"optimizer": opt_state, "key": job.key}
-    batches = data.iterate(job.batches, job.examples, packed=job.packed)
+    rows = devices.rows_here(job.mesh, config.batch_size)
+    batches = data.iterate(job.batches, job.examples, packed=job.packed, rows=rows)
     data_fingerprint = data.fingerprint(job.examples)
     base_fingerprint = fingerprint(job.base)
 
@@ -100,7 +95,7 @@ def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
             pending: list[tuple[int, dict[str, jax.Array]]] = []
             start, compiled = time.perf_counter(), 0.0
             for step in range(done + 1, steps + 1):
-                batch = devices.shard(next(batches), job.mesh)
+                batch = devices.shard(next(batches), job.mesh, config.batch_size)
                 adapter, opt_state, measured = step_function(adapter, opt_state, job.base, batch, key, np.int32(step))
                 pending.append((step, measured))
 

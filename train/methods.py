@@ -14,9 +14,7 @@ from jaxpeft.spec import Card
 from jaxpeft.table import table
 from train.config import ConfigError
 
-LLAMA2_7B = models.Config(
-    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-)
+DEFAULT = "meta-llama/Llama-2-7b-hf"
 """The model of the table when none is named: the one that most of the papers fine-tune."""
 
 
@@ -38,9 +36,9 @@ class Row:
 
 
 def sites(name: str) -> jaxpeft.Sites:
-    """The linear weights of a model, from shapes alone; `llama2-7b` needs no files."""
-    if name == "llama2-7b":
-        params = models.abstract(LLAMA2_7B)
+    """The linear weights of a model, from shapes alone; those in `models.ARCHITECTURES` need no files."""
+    if name in models.ARCHITECTURES:
+        params = models.abstract(models.ARCHITECTURES[name])
     else:
         try:
             params = models.pretrained(name, dtype="float32", weights=False).params

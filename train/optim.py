@@ -1,7 +1,9 @@
 """The optimizer and one training step."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,11 @@ import optax
 
 import jaxpeft
 from jaxpeft.spec import Spec
-from train.config import ConfigError, Optimizer
+from train import devices
+from train.config import Config, ConfigError, Optimizer
+
+if TYPE_CHECKING:
+    from train.job import Subject
 
 
 def schedule(config: Optimizer, steps: int) -> optax.Schedule:
@@ -91,6 +97,25 @@ def step_function(
         return adapter.replace(params=optax.apply_updates(adapter.params, updates)), opt_state, metrics
 
     return step
+
+
+def state_shardings(optimizer: optax.GradientTransformation, subject: Subject) -> Any:
+    """How the optimizer's state for a subject's adapter lies on the mesh: as the arrays that it mirrors."""
+    params = subject.adapter.params
+    return jaxpeft.sharding.like(jax.eval_shape(optimizer.init, params), params, subject.stored.params)
+
+
+def compiled_step(
+    config: Config, optimizer: optax.GradientTransformation, subject: Subject, donate: bool = True
+) -> devices.Compiled:
+    """`step_function` of a subject, on its mesh; what it returns lies as what it is given."""
+    forward = jaxpeft.adapt(subject.model.token_losses, shardings=subject.shardings)
+    return devices.Compiled(
+        step_function(forward, optimizer, config.train.accumulate, config.optimizer.orthogonality),
+        subject.mesh,
+        donate_argnums=(0, 1) if donate else (),
+        out_shardings=(subject.stored, state_shardings(optimizer, subject), devices.everywhere(subject.mesh)),
+    )
 
 
 def split(batch: dict[str, jax.Array], parts: int) -> dict[str, jax.Array]:

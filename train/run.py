@@ -22,8 +22,8 @@ import jax
 from train import config as configuration
 from train.config import Config
 
-# Where a run may write and how it goes on do not change what it computes.
-FREE = ("output.folder", "output.resume")
+# Where a run is computed, where it may write and how it goes on do not change what it computes.
+FREE = ("mesh", "output.folder", "output.resume")
 
 
 class RunError(RuntimeError):
@@ -116,5 +116,5 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new and path not in FREE:
+    elif old != new and not path.startswith(FREE):
         yield f"{path}: {old!r}, now {new!r}"

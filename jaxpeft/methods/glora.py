@@ -81,6 +81,7 @@ class Scaled(Update):
     """
 
     additive: ClassVar[bool] = False
+    axes: ClassVar[Mapping[str, str]] = {"gain": "o", "addend": "io"}
 
     gain: Array
     addend: LowRank | None
@@ -106,6 +107,7 @@ class Modulated(Update):
 
     additive: ClassVar[bool] = False
     formed: ClassVar[bool] = True
+    axes: ClassVar[Mapping[str, str]] = {"multiplier": "io", "addend": "io"}
 
     multiplier: LowRank
     addend: LowRank | None = None

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,8 @@ class Hadamard(Update):
         b2: (..., r, out)
         scale: (...)
     """
+
+    axes: ClassVar[Mapping[str, str]] = {"a1": "ri", "b1": "ro", "a2": "ri", "b2": "ro"}
 
     a1: Array
     b1: Array

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +209,8 @@ class Rotated(Update):
 @dataclass(frozen=True)
 class PartiallyRotated(Update):
     """The sum of a plain and a rotated update, the plain ranks first."""
+
+    axes: ClassVar[Mapping[str, str]] = {"unshared": "io"}
 
     unshared: LowRank
     shared: Rotated

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,8 @@ class Rows(Update):
         scale: (...)
         in_dim: number of all rows.
     """
+
+    axes: ClassVar[Mapping[str, str]] = {"rows": "no"}
 
     rows: Array
     index: Array

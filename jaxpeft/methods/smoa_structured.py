@@ -89,6 +89,7 @@ class Banded(Update):
 
     additive: ClassVar[bool] = False
     formed: ClassVar[bool] = True
+    axes: ClassVar[Mapping[str, str]] = {"a": "kri", "b": "kro"}
 
     a: Array
     b: Array

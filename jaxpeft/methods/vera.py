@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,8 @@ class ScaledLowRank(Update):
         outer: (..., out)
         scale: (...)
     """
+
+    axes: ClassVar[Mapping[str, str]] = {"a": "ri", "b": "ro", "outer": "o"}
 
     a: Array
     b: Array

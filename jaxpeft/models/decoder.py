@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxpeft.models.config import Config
 
@@ -21,6 +22,27 @@ _POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+LOGICAL_AXES = {"batch": ("data", "fsdp"), "length": ("sequence",), "heads": ("tensor",), "features": ("tensor",)}
+"""Which mesh axes split an axis of the activations, where the context has a mesh (`jax.set_mesh`) of automatic axes."""
+
+
+def split_over(axis: str | None, size: int) -> dict[str, int]:
+    """{mesh axis: its size} of the context's mesh, over which an axis of an activation is split; empty for none.
+
+    Mesh axes that are explicit or manual are left out, and so are all where they do not divide the axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    found = {name: mesh.shape[name] for name in LOGICAL_AXES.get(axis or "", ()) if kinds.get(name) == AxisType.Auto}
+    return {} if size % math.prod(found.values()) else found
+
+
+def laid_out(x: jax.Array, *axes: str | None) -> jax.Array:
+    """An activation, laid out on the mesh of the context by what its axes are; as it is where there is no mesh."""
+    names = [tuple(split_over(axis, size)) or None for axis, size in zip(axes, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*names)) if any(names) else x
 
 
 class Cache(NamedTuple):
@@ -157,6 +179,9 @@ class Attention(nnx.Module):
         query, key, value = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
+        query = laid_out(query, "batch", "length", "heads", None)
+        # Every query sees the keys of the whole row, so they are gathered where rows are split.
+        key, value = (laid_out(x, "batch", None, "heads", None) for x in (key, value))
         attended = attend(rotate(query, rotary), rotate(key, rotary), value)
         return self.o_proj(attended.reshape(*x.shape[:2], -1))
 
@@ -172,7 +197,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Of `x` (B, S, hidden_size)."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = (laid_out(proj(x), "batch", "length", "features") for proj in (self.gate_proj, self.up_proj))
+        return self.down_proj(swiglu(gate, up))
 
 
 class Layer(nnx.Module):
@@ -186,8 +212,8 @@ class Layer(nnx.Module):
 
     def __call__(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
         """The residual stream (B, S, hidden_size) after this layer."""
-        x = x + self.self_attn(self.input_norm(x), rotary, attend)
-        return x + self.mlp(self.post_attention_norm(x))
+        x = laid_out(x + self.self_attn(self.input_norm(x), rotary, attend), "batch", "length", None)
+        return laid_out(x + self.mlp(self.post_attention_norm(x)), "batch", "length", None)
 
 
 class Decoder(nnx.Module):
@@ -288,12 +314,13 @@ class Decoder(nnx.Module):
             weight, contracted = self.embed.embedding[...], 1
         else:
             weight, contracted = self.lm_head.kernel[...], 0
-        return jax.lax.dot_general(
+        logits = jax.lax.dot_general(
             hidden,
             weight.astype(hidden.dtype),
             (((hidden.ndim - 1,), (contracted,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
+        return laid_out(logits, "batch", *["length"] * (logits.ndim - 2), "features")
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Zeros for ``slots`` tokens in each of ``batch`` rows."""
@@ -303,7 +330,8 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens):
         # Rows first, then the cast: the table may be large and of another dtype.
-        return jnp.take(self.embed.embedding[...], tokens, axis=0).astype(self.config.dtype)
+        rows = jnp.take(self.embed.embedding[...], tokens, axis=0).astype(self.config.dtype)
+        return laid_out(rows, "batch", "length", None)
 
     def _scan_layers(self, run: Callable[[Layer, jax.Array, Any], Any], carry: Any) -> Any:
         graph, stacked = nnx.split(self.layers)

@@ -11,10 +11,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
+from jaxpeft import sharding
 from jaxpeft.models import generate as generation
 from jaxpeft.models.config import Config
-from jaxpeft.models.decoder import Decoder
+from jaxpeft.models.decoder import Decoder, split_over
+from jaxpeft.sharding import Rules
+
+# The mesh axes of the parameters. Products alternate between splitting the output and the input over "tensor", so that
+# one reduction follows each pair.
+DEFAULT_RULES: Rules = (
+    (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
+    (r"lm_head/kernel", PartitionSpec("fsdp", "tensor")),
+    (r"(q|k|v|gate|up)_proj/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"(o|down)_proj/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"(q|k|v|gate|up)_proj/bias", PartitionSpec(None, "tensor")),
+    (r"", PartitionSpec()),
+)
 
 # Above this many bytes of float32 logits, "auto" cuts the loss into pieces and computes the logits a second time in the
 # backward pass.
@@ -53,6 +67,28 @@ def random(config: Config, key: jax.Array) -> LanguageModel:
         return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(key))))
 
     return LanguageModel(config, init(key), source="random")
+
+
+def shapes(config: Config, *, mesh: Mesh | None = None, rules: Rules | None = None, source: str = "") -> LanguageModel:
+    """A model of `jax.ShapeDtypeStruct`s, without memory: for counts and for compiling ahead of time.
+
+    Args:
+      config: architecture and numerics.
+      mesh: where the parameters would lie, as in `jaxpeft.models.load`; nowhere by default.
+      rules: as in `jaxpeft.models.load`.
+      source: what to call it.
+
+    >>> from jaxpeft.models import ARCHITECTURES
+    >>> shapes(ARCHITECTURES["meta-llama/Llama-2-7b-hf"]).num_params
+    6738415616
+    """
+    params = abstract(config)
+    if mesh is not None:
+        placed = sharding.from_rules(params, mesh, DEFAULT_RULES if rules is None else rules, strict=rules is not None)
+        params = jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), params, placed
+        )
+    return LanguageModel(config, params, source=source)
 
 
 # Compared by identity, so that jax.jit takes the bound methods.
@@ -126,8 +162,8 @@ class LanguageModel:
           positions: as in `logits`.
           segment_ids: as in `logits`.
           chunk: positions of a row whose logits exist at one time; the backward pass computes them once more. None
-            holds all logits and computes them once. ``"auto"`` is None up to 512 MiB of logits, and beyond that
-            the chunk that takes so much. Rows are not cut, so a batch sharded over a mesh stays as it is.
+            holds all logits and computes them once. ``"auto"`` is None up to 512 MiB of logits on a device, and beyond
+            that the chunk that takes so much. Rows are not cut, so a batch sharded over a mesh stays as it is.
 
         Returns:
           (B, S) float32.
@@ -136,7 +172,8 @@ class LanguageModel:
         hidden = decoder.hidden(tokens, positions=positions, segment_ids=segment_ids)
         batch, length = tokens.shape
         if chunk == "auto":
-            chunk = max(1, _LOGITS_BYTES // (4 * self.config.vocab_size * batch))
+            shards = split_over("batch", batch) | split_over("features", self.config.vocab_size)
+            chunk = max(1, _LOGITS_BYTES * math.prod(shards.values()) // (4 * self.config.vocab_size * batch))
         pieces = 1 if chunk is None else -(-length // chunk)
         if pieces == 1:
             return _negative_log_likelihood(decoder.logits(hidden), targets)

@@ -5,32 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
+from jaxpeft import sharding as placing
 from jaxpeft.models.config import Config
-from jaxpeft.models.language_model import LanguageModel, abstract
-from jaxpeft.sites import flatten
-
-Rules = Sequence[tuple[str, PartitionSpec]]
-
-# The first rule whose regular expression is found in a leaf's path says how it is laid out; axes that the mesh lacks
-# are left whole. Products alternate between splitting the output and the input over "tensor", so that one reduction
-# follows each pair.
-DEFAULT_RULES: Rules = (
-    (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
-    (r"lm_head/kernel", PartitionSpec("fsdp", "tensor")),
-    (r"(q|k|v|gate|up)_proj/kernel", PartitionSpec(None, "fsdp", "tensor")),
-    (r"(o|down)_proj/kernel", PartitionSpec(None, "tensor", "fsdp")),
-    (r"(q|k|v|gate|up)_proj/bias", PartitionSpec(None, "tensor")),
-    (r"", PartitionSpec()),
-)
+from jaxpeft.models.language_model import DEFAULT_RULES, LanguageModel, abstract
+from jaxpeft.sharding import Rules
+from jaxpeft.sites import flatten, paths_and_leaves
 
 # Written by older versions of transformers, and computed from the configuration here.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|attn\.bias$")
@@ -58,7 +45,7 @@ def load(
       param_dtype: of the parameters. Default: `dtype`.
       mesh: where to put them. Default: the first device.
       rules: (regular expression, `PartitionSpec`) pairs tried in order on the "/"-joined path. Default: for axes named
-        "fsdp" and "tensor", `DEFAULT_RULES`.
+        "fsdp" and "tensor", `DEFAULT_RULES`, where they divide a parameter.
       tokenizer: False leaves the tokenizer out.
       weights: False gives `jax.ShapeDtypeStruct` in place of the parameters, and reads no weights; needs `dtype`, if
         there are no weights' files to tell it.
@@ -84,14 +71,14 @@ def load(
     # Read before the weights: it is what is more often missing.
     text = _read_tokenizer(folder) if tokenizer else None
 
+    shardings = _shardings(config, mesh, rules)
     params: dict[str, Any] = {}
     for path, (name, leaf) in expected.items():
-        sharding = _sharding(path, leaf.shape, mesh, DEFAULT_RULES if rules is None else rules)
         *parents, last = path.split("/")
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = read(name, leaf, sharding)
+        node[last] = read(name, leaf, shardings[path])
     return LanguageModel(config, params, text, source=str(folder), eos_ids=_eos_ids(folder))
 
 
@@ -200,16 +187,14 @@ def _file_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
     return shape[::-1] if is_kernel(name) else shape
 
 
-def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh | None, rules: Rules) -> jax.sharding.Sharding:
+def _shardings(config: Config, mesh: Mesh | None, rules: Rules | None) -> dict[str, jax.sharding.Sharding]:
+    """{path: where the parameter goes}."""
+    tree = abstract(config)
     if mesh is None:
-        return SingleDeviceSharding(jnp.zeros(()).device)  # the default device, wherever a context sets it
-    spec = next((spec for pattern, spec in rules if re.search(pattern, path)), PartitionSpec())
-    sharding = NamedSharding(mesh, PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in spec)))
-    try:
-        sharding.shard_shape(shape)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; pass rules= with another layout for it") from error
-    return sharding
+        here = SingleDeviceSharding(jnp.zeros(()).device)  # the default device, wherever a context sets it
+        return dict.fromkeys(flatten(tree), here)
+    placed = placing.from_rules(tree, mesh, DEFAULT_RULES if rules is None else rules, strict=rules is not None)
+    return dict(paths_and_leaves(placed))
 
 
 def _read_config(folder: Path) -> Any:

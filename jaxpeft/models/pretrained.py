@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 from jaxpeft.models.convert import gguf_to_hf
 from jaxpeft.models.gguf_blocks import quantized_params
 from jaxpeft.models.language_model import LanguageModel
-from jaxpeft.models.loading import Rules, load
+from jaxpeft.models.loading import load
+from jaxpeft.sharding import Rules
 
 
 @dataclasses.dataclass(frozen=True)

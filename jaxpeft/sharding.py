@@ -1,0 +1,324 @@
+"""How an adapter lies on a mesh: everything is derived from how the base's weights lie on it.
+
+A factor is split as the side of the kernel that it multiplies, its rank never; what factors are made of (pools, chunks,
+vectors) is whole on every device, and each device assembles from it just its own part of the factors.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxpeft.adapter import Adapter
+from jaxpeft.blocks import is_quantized
+from jaxpeft.layout import axes as axes_of
+from jaxpeft.quantize import shardings as of_blocks
+from jaxpeft.sites import Group, flatten, nearest_paths, paths_and_leaves, with_leaves
+from jaxpeft.updates import PerShard, Update
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+"""(regular expression over the "/"-joined path, `PartitionSpec`) pairs; the first that is found in a path counts."""
+
+DATA = "data"
+"""The mesh axis over which only the batch is split. The gradients of an adapter are summed over it once a step."""
+
+
+def of(base: Any) -> Any:
+    """The sharding of every array of a tree, as a tree; arrays and `jax.ShapeDtypeStruct`s that have one.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> of({"up": {"kernel": jnp.ones((3, 4))}})["up"]["kernel"].is_fully_replicated
+        True
+    """
+    return jax.tree.map(lambda leaf: leaf.sharding, base)
+
+
+def from_rules(params: Any, mesh: Mesh, rules: Rules, *, strict: bool = True) -> Any:
+    """The sharding of every array of a tree by a list of rules.
+
+    Args:
+        params: any pytree of arrays or `jax.ShapeDtypeStruct`s.
+        mesh: the devices. Axes that a rule names and the mesh lacks are left out.
+        rules: tried in order on the path; an array that none fits is whole on every device.
+        strict: whether an axis whose size a rule does not divide is an error; otherwise it is left whole.
+
+    Returns:
+        A tree of `NamedSharding`, for `jax.device_put`, for ``in_shardings`` and for `jaxpeft.adapt`.
+
+    Raises:
+        ValueError: the rules fit nothing (with the nearest paths), have more axes than an array, or do not divide it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jax.sharding import PartitionSpec as P
+        >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
+        >>> from_rules({"kernel": jnp.ones((3, 4))}, mesh, [("kernel", P("fsdp", "tensor"))])["kernel"].spec
+        PartitionSpec('fsdp', 'tensor')
+    """
+    leaves = paths_and_leaves(params)
+    patterns = [pattern for pattern, spec in rules if any(spec)]
+    if patterns and not any(re.search(pattern, path) for pattern in patterns for path, _ in leaves):
+        near = nearest_paths(patterns[0], dict(leaves))
+        raise ValueError(f"no sharding rule that splits anything fits an array of this tree; {patterns[0]!r}: {near}")
+    placed = [_by_rules(path, tuple(leaf.shape), mesh, rules, strict) for path, leaf in leaves]
+    arrays = [
+        of_blocks(leaf, sharding) if is_quantized(leaf) else sharding
+        for (_, leaf), sharding in zip(leaves, placed, strict=True)
+    ]
+    return with_leaves(params, arrays)
+
+
+def _by_rules(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules, strict: bool) -> NamedSharding:
+    spec = next((spec for pattern, spec in rules if re.search(pattern, path)), PartitionSpec())
+    if len(spec) > len(shape):
+        raise ValueError(f"{path} has shape {shape}, but its sharding rule {spec} has {len(spec)} axes")
+    names = [_names(entry, mesh) for entry in spec]
+    for axis, size in enumerate(shape[: len(spec)]):
+        if size % (parts := _parts(names[axis], mesh)):
+            if strict:
+                raise ValueError(
+                    f"{path}: axis {axis} of shape {shape} cannot be split into {parts} parts over {names[axis]}; "
+                    f"use a mesh whose axes divide {size}, or another sharding rule"
+                )
+            names[axis] = ()
+    return NamedSharding(mesh, _spec(names))
+
+
+def adapter(of: Adapter, shardings: Any) -> Adapter:
+    """How an adapter is stored on the mesh of its base.
+
+    What is an update's factor as it stands (LoRA's a and b, a weight trained whole) is split like the side of the
+    kernel that it belongs to. All other arrays, pools and index tables among them, are whole on every device.
+
+    Args:
+        of: an adapter, or its shapes from `jax.eval_shape`.
+        shardings: of the base, a tree like it; `of` or `from_rules` makes one.
+
+    Returns:
+        An adapter of `NamedSharding`s, e.g. for ``jax.device_put(adapter, jaxpeft.sharding.adapter(adapter, …))``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft
+        >>> from jax.sharding import PartitionSpec as P
+        >>> from jaxpeft.methods import lora
+        >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
+        >>> base = {"up": {"kernel": jnp.ones((3, 4))}}
+        >>> made = jaxpeft.init(jax.random.key(0), lora.Spec(rank=2), jaxpeft.find(base))
+        >>> by_kernel = jaxpeft.sharding.from_rules(base, mesh, [("kernel", P("fsdp", "tensor"))])
+        >>> placed = jaxpeft.sharding.adapter(made, by_kernel)
+        >>> placed.params["up/kernel"]["a"].spec, placed.params["up/kernel"]["b"].spec
+        (PartitionSpec(None, None, 'fsdp'), PartitionSpec(None, None, 'tensor'))
+    """
+    at = flatten_shardings(shardings)
+    mesh, expansion = mesh_of(at), _expansion(of, at)
+    leaves, structure = jax.tree.flatten((of.params, of.constants))
+    specs = [PartitionSpec()] * len(leaves)
+    for output, taken in expansion.kept.items():
+        specs[taken] = expansion.specs[output]
+    params, constants = jax.tree.unflatten(structure, [NamedSharding(mesh, spec) for spec in specs])
+    return of.replace(params=params, constants=constants)
+
+
+def like(tree: Any, params: Any, shardings: Any) -> Any:
+    """How an optimiser's state is stored: what mirrors a trained array lies as that does, counters are whole.
+
+    Args:
+        tree: the state, or its shapes from ``jax.eval_shape(optimizer.init, params)``.
+        params: the trained arrays, or their shapes.
+        shardings: theirs, a tree like `params`, e.g. ``jaxpeft.sharding.adapter(…).params``.
+
+    Returns:
+        A tree like `tree` of `NamedSharding`s.
+    """
+    known = {path: leaf.shape for path, leaf in paths_and_leaves(params)}
+    placed = dict(paths_and_leaves(shardings))
+    whole = NamedSharding(next(iter(placed.values())).mesh, PartitionSpec())
+
+    def place(path: str, leaf: Any) -> NamedSharding:
+        mirrored = (name for name, shape in known.items() if f"/{path}".endswith(f"/{name}") and shape == leaf.shape)
+        return placed.get(next(mirrored, ""), whole)
+
+    found = [place(path, leaf) for path, leaf in paths_and_leaves(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
+def whole(leaf: Any) -> np.ndarray:
+    """The values of an array, on every process, also where its parts lie on several; all of them must ask."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if isinstance(leaf, Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+def flatten_shardings(shardings: Any) -> dict[str, NamedSharding]:
+    """{path: sharding} of those leaves of a tree that lie on a mesh; a weight in few bits lies as its codes do."""
+    found = {path: leaf.codes if is_quantized(leaf) else leaf for path, leaf in paths_and_leaves(shardings)}
+    return {path: leaf for path, leaf in found.items() if isinstance(leaf, NamedSharding)}
+
+
+def explicit(base: Any) -> dict[str, NamedSharding]:
+    """{path: sharding} of the arrays whose type says how they lie, as on a mesh of explicit axes."""
+    leaves = {path: leaf.codes if is_quantized(leaf) else leaf for path, leaf in flatten(base).items()}
+    found = {path: jax.typeof(leaf).sharding for path, leaf in leaves.items()}
+    return {path: at for path, at in found.items() if AxisType.Explicit in at.mesh.axis_types}
+
+
+def mesh_of(shardings: Mapping[str, NamedSharding]) -> Any:
+    """The mesh that all shardings are on.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    meshes = {sharding.mesh for sharding in shardings.values()}
+    if len(meshes) != 1:
+        raise ValueError(f"the shardings of a base must be `NamedSharding`s on one mesh, found {len(meshes)} meshes")
+    return meshes.pop()
+
+
+def updates(of: Adapter, shardings: Mapping[str, NamedSharding]) -> dict[str, Update]:
+    """`Adapter.updates` on a mesh: every device expands its own part of the factors, and the parts fit the kernels.
+
+    Over the data axis each device gets a copy of its own (`PerShard`): the gradients that its share of the batch gives
+    stay its own until they have been brought back to the trained arrays, and are then summed once. A pool's gradient is
+    as large as the pool, where a factor's would be as large as LoRA's.
+
+    Args:
+        of: the adapter.
+        shardings: {path: sharding} of the base.
+    """
+    mesh, expansion = mesh_of(shardings), _expansion(of, shardings)
+    inputs, structure = jax.tree.flatten((of.params, of.constants))
+    copies = mesh.shape.get(DATA, 1)
+    where = mesh if isinstance(mesh, Mesh) else None  # A mesh of explicit axes is the context's.
+    specs = [PartitionSpec(s[0], DATA, *s[1:]) if copies > 1 else s for s in expansion.specs]
+    computed = [at for at in range(len(specs)) if at not in expansion.kept]
+
+    def expand(inputs: list) -> list[Array]:
+        params, constants = jax.tree.unflatten(structure, inputs)
+        whole = jax.tree.leaves(of.replace(params=params, constants=constants).updates())
+        mine = [_own_part(whole[at], expansion.specs[at], mesh) for at in computed]
+        return [leaf[:, None] for leaf in mine] if copies > 1 else mine
+
+    # Every device computes, from arrays that are whole: the only collective is the sum of their gradients.
+    unused = {taken: jnp.zeros(inputs[taken].shape, inputs[taken].dtype) for taken in expansion.kept.values()}
+    outputs: dict[int, Array] = {}
+    if computed:
+        out_specs = [specs[at] for at in computed]
+        on_each = jax.shard_map(expand, mesh=where, in_specs=PartitionSpec(), out_specs=out_specs, check_vma=False)
+        made = on_each([unused.get(at, leaf) for at, leaf in enumerate(inputs)])
+        outputs |= zip(computed, made, strict=True)
+    for at, taken in expansion.kept.items():
+        leaf = inputs[taken]
+        if copies > 1:
+            leaf = jnp.broadcast_to(leaf[:, None], (leaf.shape[0], copies, *leaf.shape[1:]))
+        outputs[at] = _laid_out(leaf, NamedSharding(mesh, specs[at]))
+    updates = jax.tree.unflatten(expansion.structure, [outputs[at] for at in range(len(outputs))])
+    return {name: PerShard(update, where, DATA) for name, update in updates.items()} if copies > 1 else updates
+
+
+@dataclass(frozen=True)
+class _Expansion:
+    """What becomes of an adapter's arrays in its updates.
+
+    Attributes:
+        structure: of the updates.
+        specs: how each array of an update lies.
+        kept: {output: input} of the arrays that are inputs as they stand and serve for nothing else: they are stored as
+            the kernel wants them.
+    """
+
+    structure: Any
+    specs: list[PartitionSpec]
+    kept: dict[int, int]
+
+
+def _expansion(of: Adapter, shardings: Mapping[str, NamedSharding]) -> _Expansion:
+    def expand(params: Any, constants: Any) -> dict[str, Update]:
+        return of.replace(params=params, constants=constants).updates()
+
+    traced, shapes = jax.make_jaxpr(expand, return_shape=True)(of.params, of.constants)
+    jaxpr = traced.jaxpr
+    used = {atom for equation in jaxpr.eqns for atom in equation.invars if isinstance(atom, jex.Var)}
+    alone = {atom: at for at, atom in enumerate(jaxpr.invars) if atom not in used}
+    specs = {}
+    for name, update in shapes.items():
+        group = of.sites[name]
+        sharding = shardings.get(group.paths[0])
+        specs[name] = update if sharding is None else _of_update(update, *_sides(group, sharding))
+    return _Expansion(
+        jax.tree.structure(shapes),
+        [leaf if isinstance(leaf, PartitionSpec) else PartitionSpec(None) for leaf in jax.tree.leaves(specs)],
+        {at: alone[atom] for at, atom in enumerate(jaxpr.outvars) if isinstance(atom, jex.Var) and atom in alone},
+    )
+
+
+def _sides(group: Group, sharding: NamedSharding) -> tuple[Any, tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """The mesh, and the mesh axes of a group's layers and of its flattened in and out sides."""
+    entries = [*sharding.spec, *[None] * (len(group.shape) - len(sharding.spec))]
+
+    def side(letter: str) -> tuple[str, ...]:
+        first, *others = [_names(entries[axis], sharding.mesh) for axis in axes_of(group.layout, letter)] or [()]
+        # A flattened side is cut into runs only if no axis but its first is cut.
+        return () if any(others) else first
+
+    whole = len(group.paths) == 1 and group.entries is None
+    return sharding.mesh, side("l") if whole else (), {letter: side(letter) for letter in "io"}
+
+
+def _of_update(update: Update, mesh: Any, lead: tuple[str, ...], sides: Mapping[str, tuple[str, ...]]) -> Update:
+    """An update with the spec of each array in its place."""
+
+    def spec(leaf: Any, letters: str) -> PartitionSpec:
+        known = len(letters) == leaf.ndim - 1
+        names = [lead, *(sides.get(letter, ()) if known else () for letter in letters.ljust(leaf.ndim - 1))]
+        return _spec([() if size % _parts(at, mesh) else at for at, size in zip(names, leaf.shape, strict=False)])
+
+    placed = {}
+    for field in dataclasses.fields(update):  # pyright: ignore[reportArgumentType], updates are dataclasses
+        value, letters = getattr(update, field.name), type(update).axes.get(field.name, "")
+        if isinstance(value, Update):
+            placed[field.name] = _of_update(value, mesh, lead, sides if letters else {})
+        elif not field.metadata.get("static"):
+            placed[field.name] = jax.tree.map(lambda leaf, letters=letters: spec(leaf, letters), value)
+    return dataclasses.replace(update, **placed)  # pyright: ignore[reportArgumentType]
+
+
+def _own_part(leaf: Array, spec: PartitionSpec, mesh: Any) -> Array:
+    """This device's part of an array that it has whole."""
+    for axis, entry in enumerate(spec):
+        if names := _names(entry, mesh):
+            size = leaf.shape[axis] // _parts(names, mesh)
+            leaf = jax.lax.dynamic_slice_in_dim(leaf, jax.lax.axis_index(names) * size, size, axis)
+    return leaf
+
+
+def _laid_out(leaf: Array, sharding: NamedSharding) -> Array:
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(leaf, sharding)
+    return jax.lax.with_sharding_constraint(leaf, sharding)
+
+
+def _names(entry: Any, mesh: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a `PartitionSpec`, without those that the mesh lacks."""
+    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    return tuple(name for name in names if name in mesh.axis_names)
+
+
+def _parts(names: Sequence[str], mesh: Any) -> int:
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _spec(names: Sequence[tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*(at[0] if len(at) == 1 else at or None for at in names))

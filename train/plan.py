@@ -1,0 +1,442 @@
+"""Does a run fit a machine that is not there, and what bounds its speed? From shapes, by compiling the real step."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxpeft
+from jaxpeft.methods import METHODS, TYPICAL
+from jaxpeft.spec import name_of
+from jaxpeft.table import table
+from train import costs, data, devices, hlo, job, optim, topology
+from train.config import Config, ConfigError
+from train.topology import OutOfMemory, Topology
+
+GIB = 2**30
+ROOM = ("v6e", "v5p", "tpu7x")
+"""TPUs with more memory than the smallest: where a step that does not fit is compiled to see what it holds."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """An array of a compiled step: its size on one device, what it is, and where it comes from."""
+
+    bytes: int
+    shape: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training step on one machine, all figures per device.
+
+    Attributes:
+      model, method, topology: names.
+      mesh: sizes of its axes.
+      batch: sequences of a step and their length.
+      trained: trained parameters.
+      fits: whether the peak of memory is within a device's.
+      hbm_bytes: a device's memory.
+      peak_bytes: most memory at one time, arguments included. None if not even a larger chip's compiler could tell.
+      argument_bytes: base, adapter, optimizer state and batch.
+      temporary_bytes: activations and all else that a step makes.
+      flops: of products, the bodies of loops as often as they run; nothing elementwise.
+      memory_bytes: to and from main memory, an upper bound (`train.costs`).
+      ici_bytes: sent to other devices.
+      collectives: {kind: bytes} of `ici_bytes`.
+      roofline_seconds: the largest of the three terms at the chip's published figures; None of a CPU.
+      terms: {what: seconds}.
+      compile_seconds: tracing and compiling.
+      buffers: the largest arrays.
+      remedies: what was tried where it does not fit, and the peak with it.
+    """
+
+    model: str
+    method: str
+    topology: str
+    mesh: dict[str, int]
+    batch: tuple[int, int]
+    trained: int
+    fits: bool
+    hbm_bytes: float
+    peak_bytes: int | None
+    argument_bytes: int
+    temporary_bytes: int | None
+    flops: float | None
+    memory_bytes: float | None
+    ici_bytes: float | None
+    collectives: dict[str, float]
+    roofline_seconds: float | None
+    terms: dict[str, float]
+    compile_seconds: float
+    buffers: tuple[Buffer, ...] = ()
+    remedies: tuple[tuple[str, int | None, bool], ...] = ()
+
+    @property
+    def bound(self) -> str:
+        """The term that the roofline is bound by."""
+        return max(self.terms, key=self.terms.__getitem__) if self.terms else ""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens a second of each chip, padding included, if the roofline were reached."""
+        if self.roofline_seconds is None:
+            return None
+        return math.prod(self.batch) / self.roofline_seconds / math.prod(self.mesh.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, JSON-able."""
+        return dataclasses.asdict(self) | {"bound": self.bound, "tokens_per_second": self.tokens_per_second}
+
+
+def plan(config: Config, machine: Topology, *, remedies: bool = True) -> Plan:
+    """Compiles one training step of a run for a machine.
+
+    Args:
+      config: the run; of its data only `max_length` counts, and no file is read but the model's config.json, and not
+        even that for those in `jaxpeft.models.ARCHITECTURES`.
+      machine: from `topology.named`.
+      remedies: whether, where it does not fit, changes are tried until it does.
+
+    Raises:
+      ConfigError: the mesh does not fit the machine, or the batch the mesh.
+    """
+    step = _Step(config, machine)
+    try:
+        program = step.compile(machine)
+    except OutOfMemory as error:
+        found = _with_room(config, machine, error)
+    else:
+        found = step.describe(program)
+    if remedies and not found.fits:
+        found = dataclasses.replace(found, remedies=tuple(_remedies(config, machine)))
+    return found
+
+
+def plans(config: Config, machines: Sequence[Topology], methods: Sequence[str]) -> Iterator[Plan]:
+    """A plan for each machine and method; the configuration's own method is as configured, others are typical."""
+    for machine in machines:
+        for name in methods or (name_of(config.method),):
+            if name not in METHODS:
+                raise ConfigError([f"--methods: unknown method {name!r}; one of {', '.join(METHODS)}"])
+            spec = config.method if name == name_of(config.method) else TYPICAL[name]
+            one = len(machines) == len(methods or "1") == 1
+            yield plan(dataclasses.replace(config, method=spec), machine, remedies=one)
+
+
+class _Step:
+    """The training step of a run on a machine's mesh, with the shapes of all that it takes."""
+
+    def __init__(self, config: Config, machine: Topology):
+        sizes = devices.sizes(config.mesh, len(machine.devices))
+        job.check_batch(config, sizes)
+        self.config, self.machine = config, machine
+        self.mesh = topology.mesh(machine, sizes)
+        self.subject = job.of_shapes(config, self.mesh)
+        optimizer = optim.optimizer(config.optimizer, 1000, config.method)
+        state = jax.eval_shape(optimizer.init, self.subject.adapter.params)
+        state = devices.shapes(state, optim.state_shardings(optimizer, self.subject))
+        multiple = math.lcm(data.MULTIPLE, sizes["sequence"])
+        self.batch = (config.train.batch_size, -(-(config.data.max_length - 1) // multiple) * multiple)
+        whole = devices.everywhere(self.mesh)
+        packed = ("positions", "segment_ids") if config.data.batching == "pack" else ()
+        kinds = dict.fromkeys(("tokens", "targets", *packed), jnp.int32) | {"weights": jnp.float32}
+        batch = {
+            name: jax.ShapeDtypeStruct(self.batch, kind, sharding=devices.of_batch(self.mesh, self.batch))
+            for name, kind in kinds.items()
+        }
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        number = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+        self.arguments = (self.subject.adapter, state, self.subject.base, batch, key, number)
+        self.step = optim.compiled_step(config, optimizer, self.subject)
+
+    def compile(self, machine: Topology) -> topology.Program:
+        with jax.set_mesh(self.mesh):
+            return topology.compile(self.step.jitted, *self.arguments, topology=machine)
+
+    def describe(self, program: topology.Program) -> Plan:
+        memory, text = program.compiled.memory_analysis(), program.compiled.as_text()
+        cost, device = costs.analyse(text), self.machine.device
+        sent = cost.link_bytes()
+        terms = {}
+        if device is not None:
+            terms = {
+                "compute": cost.flops / device.flops,
+                "memory": cost.memory_bytes / device.hbm_bandwidth,
+                "links": sum(sent.values()) / device.link_bandwidth,
+            }
+        return self._plan(
+            fits=memory.peak_memory_in_bytes <= self.available,
+            peak_bytes=memory.peak_memory_in_bytes,
+            temporary_bytes=memory.temp_size_in_bytes,
+            flops=cost.flops,
+            memory_bytes=cost.memory_bytes,
+            ici_bytes=sum(sent.values()),
+            collectives=sent,
+            roofline_seconds=max(terms.values(), default=None),
+            terms=terms,
+            compile_seconds=program.seconds,
+            buffers=_largest(text),
+        )
+
+    def unknown(self, seconds: float) -> Plan:
+        """What is known of a step that no compiler could place."""
+        nothing = dict.fromkeys(("peak_bytes", "temporary_bytes", "flops", "memory_bytes", "ici_bytes"))
+        return self._plan(
+            fits=False, **nothing, collectives={}, roofline_seconds=None, terms={}, compile_seconds=seconds
+        )
+
+    @property
+    def available(self) -> float:
+        """Memory of a device: a chip's, or a share of this machine's for simulated ones."""
+        if self.machine.device is not None:
+            return self.machine.device.hbm_bytes
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(self.machine.devices)
+
+    def _plan(self, **figures: Any) -> Plan:
+        arguments = sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(self.arguments)
+        )
+        return Plan(
+            model=self.config.model.name,
+            method=name_of(self.config.method),
+            topology=self.machine.name,
+            mesh=dict(self.mesh.shape),
+            batch=self.batch,
+            trained=jaxpeft.count(self.subject.adapter),
+            hbm_bytes=self.available,
+            argument_bytes=arguments,
+            **figures,
+        )
+
+
+def _with_room(config: Config, machine: Topology, error: OutOfMemory) -> Plan:
+    """The plan of a step that does not fit, seen on as many devices of a chip with more memory."""
+    seconds = 0.0
+    for roomy in _roomier(machine):
+        step = _Step(config, roomy)
+        try:
+            program = step.compile(roomy)
+        except OutOfMemory as again:
+            error = again
+            continue
+        seen = step.describe(program)
+        asked = _Step(config, machine)
+        device = machine.device
+        assert device is not None
+        terms = {
+            "compute": seen.flops / device.flops,
+            "memory": seen.memory_bytes / device.hbm_bandwidth,
+            "links": seen.ici_bytes / device.link_bandwidth,
+        }
+        return dataclasses.replace(
+            seen,
+            topology=machine.name,
+            fits=False,
+            hbm_bytes=asked.available,
+            terms=terms,
+            roofline_seconds=max(terms.values()),
+        )
+    found = _Step(config, machine).unknown(seconds)
+    listed = tuple(Buffer(int(each.bytes), each.shape, each.op_name) for each in error.allocations)
+    return dataclasses.replace(found, buffers=listed or tuple(_arguments(config, machine)))
+
+
+def _roomier(machine: Topology) -> Iterator[Topology]:
+    """As many devices of TPUs with more memory, the smallest first."""
+    for generation in ROOM:
+        chip = topology.CHIPS[generation]
+        if machine.device is None or chip.per_device.hbm_bytes <= machine.device.hbm_bytes:
+            continue
+        for shape in topology.SHAPES[generation]:
+            if math.prod(map(int, shape.split("x"))) * chip.devices == len(machine.devices):
+                yield topology.named(f"{generation}:{shape}")
+                break
+
+
+def _arguments(config: Config, machine: Topology) -> Iterator[Buffer]:
+    """The largest arguments of a step."""
+    names = ("adapter", "optimizer", "base", "batch", "key", "step")
+    leaves = jaxpeft.sites.paths_and_leaves(dict(zip(names, _Step(config, machine).arguments, strict=True)))
+    found = [
+        Buffer(math.prod(part) * leaf.dtype.itemsize, f"{leaf.dtype}{list(part)}", path)
+        for path, leaf in leaves
+        for part in [leaf.sharding.shard_shape(leaf.shape)]
+    ]
+    yield from sorted(found, key=lambda buffer: -buffer.bytes)[:5]
+
+
+def _largest(text: str) -> tuple[Buffer, ...]:
+    """The largest arrays outside of fusions, one of each shape and origin."""
+    module = hlo.parse(text)
+    fused = {
+        name
+        for each in module.computations.values()
+        for one in each.instructions.values()
+        if one.opcode == "fusion"
+        for name in one.called("calls")
+    }
+    found: dict[tuple[str, str], Buffer] = {}
+    skipped = ("tuple", "get-tuple-element", "bitcast", "while", "constant")
+    for computation in module.computations.values():
+        if computation.name in fused:
+            continue
+        for one in computation.instructions.values():
+            if one.opcode in skipped or not isinstance(one.shape, hlo.Shape):
+                continue
+            shape = f"{one.shape.dtype}{list(one.shape.dims)}"
+            found[shape, one.op_name] = Buffer(one.shape.bytes, shape, one.op_name or one.name)
+    return tuple(sorted(found.values(), key=lambda buffer: -buffer.bytes)[:5])
+
+
+def _remedies(config: Config, machine: Topology) -> Iterator[tuple[str, int | None, bool]]:
+    """(change, peak with it, whether it fits then), each on top of those before it, until one fits."""
+    changes: dict[str, Any] = {}
+    for change, value in _changes(config, machine):
+        changes[change] = value
+        changed = config
+        for path, new in changes.items():
+            section, key = path.split(".")
+            changed = dataclasses.replace(
+                changed, **{section: dataclasses.replace(getattr(changed, section), **{key: new})}
+            )
+        said = " ".join(f"{path}={new}" for path, new in changes.items())
+        try:
+            step = _Step(changed, machine)
+            found = step.describe(step.compile(machine))
+        except OutOfMemory:
+            yield said, None, False
+            continue
+        yield said, found.peak_bytes, found.fits
+        if found.fits:
+            return
+
+
+def _changes(config: Config, machine: Topology) -> Iterator[tuple[str, Any]]:
+    """What takes less memory, the cheapest first."""
+    if config.model.remat != "full":
+        yield "model.remat", "full"
+    sizes = devices.sizes(config.mesh, len(machine.devices))
+    rows = sizes["data"] * sizes["fsdp"]
+    for parts in (2, 4, 8):
+        accumulate = config.train.accumulate * parts
+        if config.train.batch_size % (accumulate * rows) == 0:
+            yield "train.accumulate", accumulate
+    if sizes["data"] > 1:
+        yield "mesh.data", 1
+        yield "mesh.fsdp", -1
+    yield "data.max_length", (config.data.max_length - 1) // 2 + 1
+
+
+def text(found: Sequence[Plan]) -> str:
+    """The plans for people: one in full, several as a table."""
+    return _one(found[0]) if len(found) == 1 else rows(found)
+
+
+def rows(found: Sequence[Plan]) -> str:
+    """One line a plan, as a Markdown table."""
+    head = (
+        "topology",
+        "model",
+        "method",
+        "trained",
+        "batch",
+        "args",
+        "temp",
+        "peak",
+        "of",
+        "fits",
+        "TFLOP",
+        "links",
+        "roofline",
+        "bound by",
+        "tokens/s",
+        "compile",
+    )
+    lines = [head, tuple("---" for _ in head)]
+    for one in found:
+        lines.append(
+            (
+                one.topology,
+                one.model.rpartition("/")[2],
+                one.method,
+                f"{one.trained:,}",
+                f"{one.batch[0]} x {one.batch[1]}",
+                _gib(one.argument_bytes),
+                _gib(one.temporary_bytes),
+                _gib(one.peak_bytes),
+                _gib(one.hbm_bytes),
+                "yes" if one.fits else "no",
+                _number(one.flops, 1e12),
+                _gib(one.ici_bytes),
+                _seconds(one.roofline_seconds),
+                one.bound,
+                _number(one.tokens_per_second, 1, 0),
+                f"{one.compile_seconds:.0f} s",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "| "
+        + " | ".join(cell.ljust(width, "-" if cell == "---" else " ") for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    )
+
+
+def _one(one: Plan) -> str:
+    verdict = "fits" if one.fits else "does not fit"
+    if one.peak_bytes is None:
+        verdict += ", by more than any chip of as many devices could tell"
+    else:
+        left = one.hbm_bytes - one.peak_bytes
+        verdict += f": {_gib(abs(left))} {'left' if left >= 0 else 'too much'}"
+    mesh = ", ".join(f"{axis} {size}" for axis, size in one.mesh.items() if size > 1) or "one device"
+    sent = ", ".join(f"{kind} {_gib(size)}" for kind, size in one.collectives.items()) or "nothing"
+    lines = [
+        ("model", f"{one.model}, {one.method}, {one.trained:,} trained parameters"),
+        ("machine", f"{one.topology}: {mesh}"),
+        ("batch", f"{one.batch[0]} sequences of {one.batch[1]}"),
+        ("", ""),
+        ("per device", ""),
+        ("arguments", _gib(one.argument_bytes)),
+        ("temporaries", _gib(one.temporary_bytes)),
+        ("peak", f"{_gib(one.peak_bytes)} of {_gib(one.hbm_bytes)}; {verdict}"),
+        ("products", f"{_number(one.flops, 1e12)} TFLOP"),
+        ("over links", f"{_gib(one.ici_bytes)}: {sent}"),
+    ]
+    if one.terms:
+        terms = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in one.terms.items())
+        lines.append(("roofline", f"{_seconds(one.roofline_seconds)}, bound by {one.bound} ({terms})"))
+        lines.append(("at best", f"{one.tokens_per_second:,.0f} tokens/s a device"))
+    lines.append(("compiled in", f"{one.compile_seconds:.0f} s"))
+    if not one.fits:
+        lines += [("", ""), ("largest", "")]
+        lines += [("", f"{_gib(buffer.bytes)}  {buffer.shape}  {buffer.origin[-70:]}") for buffer in one.buffers]
+        lines += [("", ""), ("tried", "" if one.remedies else "nothing")]
+        lines += [
+            ("", f"{change}: {'fits, ' if fits else 'does not fit, '}peak {_gib(peak)}")
+            for change, peak, fits in one.remedies
+        ]
+    return "\n".join(table(lines))
+
+
+def _gib(size: float | None) -> str:
+    return "?" if size is None else f"{size / GIB:.2f} GiB"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{seconds:.3g} s"
+
+
+def _number(value: float | None, unit: float, digits: int = 1) -> str:
+    return "?" if value is None else f"{value / unit:,.{digits}f}"
