@@ -52,7 +52,7 @@ def _encode_nf4(blocks: Array, axis: int) -> tuple[Array, Array, None]:
 def _decode_nf4(codes: Array) -> Array:
     # Halving the table bit by bit is elementwise; looking it up is a gather, which accelerators are slow at. With
     # jnp.where each step is a call of its own, and on CPU they do not become one loop.
-    values = [jnp.full(codes.shape, value, jnp.float32) for value in NF4]
+    values = [jax.lax.full_like(codes, value, jnp.float32) for value in NF4]
     for bit in (1, 2, 4, 8):
         chosen = (codes & bit) != 0
         values = [jax.lax.select(chosen, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]

@@ -361,6 +361,37 @@ def test_on_eight_devices() -> None:
     assert_same(gradients(fn, small, adapter, where), one_device)
 
 
+def test_factors_follow_the_codes() -> None:
+    """`jaxpeft.sharding` takes a base in few bits, on meshes of both kinds of axes."""
+    base, _, _ = scanned_model(layers=2, size=64)
+    base, x = {"layers": base["layers"]}, jax.random.normal(jax.random.key(0), (8, 64))
+
+    def fn(params, x):
+        return jnp.tanh(x @ params["layers"]["up"]["kernel"][0]) @ params["layers"]["down"]["kernel"][1]
+
+    expected = None
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(kind, kind))
+        rules = [("down/kernel", P(None, None, "fsdp"))]
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(base, jaxpeft.sharding.from_rules(base, mesh, rules))
+            small = quantize.quantize(placed, "nf4", block=16, layouts={"layers/.*kernel": "lio"})
+            by_rules, found = jaxpeft.sharding.from_rules(small, mesh, rules), jaxpeft.sharding.of(small)
+            for left, right, leaf in zip(*map(jax.tree.leaves, (by_rules, found, small)), strict=True):
+                assert left.is_equivalent_to(right, leaf.ndim)
+            rows = jax.device_put(x, NamedSharding(mesh, P("data")))
+            for spec in (lora.Spec(rank=2), lora.Spec(rank=2, dora=True)):
+                adapter = trained(base, spec)
+                forward = jaxpeft.adapt(fn, shardings=found if kind == AxisType.Auto else None)
+                out = np.asarray(jax.jit(forward)(small, adapter, rows))
+                floats = jax.device_get(quantize.dequantize(small))
+                if kind == AxisType.Auto:
+                    expected = {**(expected or {}), spec: np.asarray(jaxpeft.adapt(fn)(floats, adapter, x))}
+                np.testing.assert_allclose(out, expected[spec], rtol=1e-4, atol=1e-5)
+            by_kernel = jaxpeft.sharding.adapter(trained(base), found)
+            assert by_kernel.params["layers/down/kernel"]["b"].spec == P(None, None, "fsdp")
+
+
 def test_shapes_alone() -> None:
     base, fn, tokens = scanned_model(layers=2, size=64)
     abstract = jax.eval_shape(lambda: base)
