@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning for JAX and Flax by shared and structured updates."""
 
-from jaxpeft import allocate, checkpoint, loko, methods, sharding
+from jaxpeft import allocate, checkpoint, loko, methods, quantize, sharding
 from jaxpeft.adapter import Adapter, count, delta, init
 from jaxpeft.apply import MaterializeWarning, adapt, explain
 from jaxpeft.budget import Budget, fit_budget
@@ -34,6 +34,7 @@ __all__ = [
     "merge",
     "merge_with_report",
     "methods",
+    "quantize",
     "rite",
     "save",
     "scale_rates",

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from jaxpeft import sharding
 from jaxpeft.adapter import Adapter, by_path, check_base
+from jaxpeft.blocks import Quantized, is_quantized
 from jaxpeft.interpret import evaluate
-from jaxpeft.sites import Group, flatten, paths_and_leaves
+from jaxpeft.sites import Group, flatten, paths_and_leaves, with_leaves
 from jaxpeft.spec import Spec
 from jaxpeft.table import table
 from jaxpeft.updates import Block, Decomposed, Dropout, PerShard, Update
@@ -159,8 +160,10 @@ def _evaluate(
         args, kwargs = _join_arrays(dynamic, static, structure)
         return fn(base, *args, **kwargs)
 
-    jaxpr, out_shape = jax.make_jaxpr(plain, return_shape=True)(base, dynamic)
-    weights = [values.get(path, leaf) for path, leaf in paths_and_leaves(base)]
+    leaves = paths_and_leaves(base)
+    shapes = [_floats(leaf) if is_quantized(leaf) else leaf for _, leaf in leaves]
+    jaxpr, out_shape = jax.make_jaxpr(plain, return_shape=True)(with_leaves(base, shapes), dynamic)
+    weights = [values.get(path) or (_quantized(path, leaf) if is_quantized(leaf) else leaf) for path, leaf in leaves]
     with recording() as uses:
         outputs = evaluate(jaxpr, [*weights, *jax.tree.leaves(dynamic)])
     used = {use.site for use in uses}
@@ -170,6 +173,20 @@ def _evaluate(
             f"{', '.join(unused[:5])}{', …' if len(unused) > 5 else ''}; exclude them in jaxpeft.find"
         )
     return jax.tree.unflatten(jax.tree.structure(out_shape), outputs), uses
+
+
+def _floats(weight: Quantized) -> jax.ShapeDtypeStruct:
+    """The array that a model is traced with in place of a weight in few bits."""
+    at = jax.typeof(weight.codes).sharding
+    if AxisType.Explicit in at.mesh.axis_types:
+        return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=at)
+    return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+
+
+def _quantized(path: str, weight: Quantized) -> Adapted:
+    """A frozen weight in few bits, as a value without updates."""
+    layout = weight.layout.rjust(weight.ndim, "l")[-weight.ndim :]  # One that is vmapped has lost or gained an axis.
+    return Adapted(weight, (), layout, tuple(range(weight.ndim)), path)
 
 
 def _adapted_weights(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpeft.blocks import Quantized, dequantized
+
 
 def axes(layout: str, letter: str) -> list[int]:
     """The axes that carry a letter."""
@@ -17,8 +19,8 @@ def sizes(shape: Sequence[int], layout: str, letter: str) -> tuple[int, ...]:
     return tuple(shape[axis] for axis in axes(layout, letter))
 
 
-def to_matrix(weight: Array, layout: str) -> Array:
-    """A weight as (*stack, in, out), its in-axes and its out-axes flattened.
+def to_matrix(weight: Array | Quantized, layout: str) -> Array:
+    """A weight as (*stack, in, out), its in-axes and its out-axes flattened; one in few bits as what it stands for.
 
     Example:
         >>> to_matrix(jnp.zeros((2, 3, 8)), "iio").shape, to_matrix(jnp.zeros((5, 4, 3)), "oli").shape
@@ -26,7 +28,7 @@ def to_matrix(weight: Array, layout: str) -> Array:
     """
     stack = sizes(weight.shape, layout, "l")
     dims = (math.prod(sizes(weight.shape, layout, "i")), math.prod(sizes(weight.shape, layout, "o")))
-    return jnp.transpose(weight, _stack_in_out(layout)).reshape(*stack, *dims)
+    return jnp.transpose(dequantized(weight), _stack_in_out(layout)).reshape(*stack, *dims)
 
 
 def from_matrix(matrix: Array, layout: str, shape: Sequence[int]) -> Array:

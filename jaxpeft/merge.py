@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxpeft.adapter import Adapter, by_path, check_base
+from jaxpeft.blocks import Quantized, is_quantized
 from jaxpeft.layout import from_matrix, to_matrix
-from jaxpeft.sites import Group, flatten, paths_and_leaves
+from jaxpeft.sites import Group, flatten, paths_and_leaves, with_leaves
 from jaxpeft.updates import Update
 from jaxpeft.values import materialize, over_stack
 
@@ -34,18 +35,20 @@ class MergeReport:
         return f"merged {len(self.lost)} arrays: largest rounding error {error:.2e}, at most {share:.2%} of ΔW ({at})"
 
 
-def merge(base: Any, adapter: Adapter | Sequence[Adapter]) -> Any:
+def merge(base: Any, adapter: Adapter | Sequence[Adapter], *, dequantize: bool = False) -> Any:
     """The base with every adapted weight W replaced by W + ΔW, computed in float32 and cast once.
 
     Args:
         base: the base parameters; they stay as they are. Undoing a merge is keeping them.
         adapter: one adapter, or several, whose updates add up.
+        dequantize: whether adapted weights in few bits may become floats, of the type they were quantized from.
 
     Returns:
         A new tree of the same structure, shapes and dtypes; arrays that are not adapted are shared with the base.
 
     Raises:
-        ValueError: the base lacks an adapted weight, or it has another shape.
+        ValueError: the base lacks an adapted weight, or it has another shape, or is in few bits: quantizing W + ΔW
+            anew would drown most of ΔW.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxpeft
@@ -55,12 +58,14 @@ def merge(base: Any, adapter: Adapter | Sequence[Adapter]) -> Any:
         >>> bool((jaxpeft.merge(base, adapter)["up"]["kernel"] == base["up"]["kernel"]).all())
         True
     """
-    return _merge(base, adapter)[0]
+    return _merge(base, adapter, dequantize)[0]
 
 
-def merge_with_report(base: Any, adapter: Adapter | Sequence[Adapter]) -> tuple[Any, MergeReport]:
+def merge_with_report(
+    base: Any, adapter: Adapter | Sequence[Adapter], *, dequantize: bool = False
+) -> tuple[Any, MergeReport]:
     """`merge`, and the error of its cast, measured against float32; not under jit."""
-    merged, errors = _merge(base, adapter)
+    merged, errors = _merge(base, adapter, dequantize)
     errors = {path: (float(largest), float(lost)) for path, (largest, lost) in jax.device_get(errors).items()}
     report = MergeReport(
         largest_error={path: largest for path, (largest, _) in errors.items()},
@@ -69,7 +74,9 @@ def merge_with_report(base: Any, adapter: Adapter | Sequence[Adapter]) -> tuple[
     return merged, report
 
 
-def _merge(base: Any, adapter: Adapter | Sequence[Adapter]) -> tuple[Any, dict[str, tuple[Array, Array]]]:
+def _merge(
+    base: Any, adapter: Adapter | Sequence[Adapter], dequantize: bool
+) -> tuple[Any, dict[str, tuple[Array, Array]]]:
     """The merged tree, and {path: (largest error, lost share)}."""
     adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
     leaves = flatten(base)
@@ -78,13 +85,22 @@ def _merge(base: Any, adapter: Adapter | Sequence[Adapter]) -> tuple[Any, dict[s
         check_base(one.sites, leaves)
         for path, (group, update) in by_path(one).items():
             changes[path] = group, (*changes.get(path, (group, ()))[1], update)
+    quantized = [path for path in changes if is_quantized(leaves[path])]
+    if quantized and not dequantize:
+        raise ValueError(
+            f"{len(quantized)} adapted weights are in few bits: {', '.join(quantized[:5])}"
+            f"{', …' if len(quantized) > 5 else ''} ({leaves[quantized[0]].kind}). Rounded to them again, W + ΔW would "
+            "lose most of ΔW. Keep the adapter beside the base, or pass dequantize=True for float weights there"
+        )
     merged = {path: _merge_one(group, leaves[path], updates) for path, (group, updates) in changes.items()}
     tree = [merged[path][0] if path in merged else leaf for path, leaf in paths_and_leaves(base)]
-    return jax.tree.unflatten(jax.tree.structure(base), tree), {path: errors for path, (_, errors) in merged.items()}
+    return with_leaves(base, tree), {path: errors for path, (_, errors) in merged.items()}
 
 
 @partial(jax.jit, static_argnums=0)
-def _merge_one(group: Group, weight: Array, updates: tuple[Update, ...]) -> tuple[Array, tuple[Array, Array]]:
+def _merge_one(
+    group: Group, weight: Array | Quantized, updates: tuple[Update, ...]
+) -> tuple[Array, tuple[Array, Array]]:
     frozen = to_matrix(weight, group.layout).astype(jnp.float32)
     exact = over_stack(materialize, len(group.sizes("l")))(updates, frozen)
     merged = exact.astype(weight.dtype)

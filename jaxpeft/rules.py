@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import primitives
 
+from jaxpeft.blocks import Quantized, dequantized, rearranged
 from jaxpeft.layout import to_matrix
 from jaxpeft.updates import Base, Update
 from jaxpeft.values import Adapted, by_layer, in_auto, record
@@ -27,6 +28,10 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     value, x = (lhs, rhs) if on_left else (rhs, lhs)
     contract, batch = (lhs_contract, lhs_batch) if on_left else (rhs_contract, rhs_batch)
     x_contract, x_batch = (rhs_contract, rhs_batch) if on_left else (lhs_contract, lhs_batch)
+    frozen = _frozen(params, value, on_left)
+    if not value.updates:  # In few bits and not adapted: any product will do.
+        record(value, "dot_general", fused=True)
+        return frozen(value.weight, x)
     contracted = [value.order[axis] for axis in contract]
     batched = [value.order[axis] for axis in batch]
     stack = value.axes("l")
@@ -34,7 +39,8 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     if not (backwards or sorted(contracted) == value.axes("i")) or not set(batched) <= set(stack):
         return NotImplemented
     # One product with W + ΔW is cheaper than two, but only float32 holds their sum without drowning ΔW.
-    if value.formed and value.weight.dtype == jnp.float32:
+    quantized = isinstance(value.weight, Quantized)
+    if value.formed and value.weight.dtype == jnp.float32 and not quantized:
         return NotImplemented
     if backwards and any(update.on_output for update in value.updates):
         raise ValueError(f"{value.site}: an adapter behind a layer's output, but here its transpose is multiplied")
@@ -65,7 +71,7 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
         inner = partial(over, stack[1:])
         return jax.vmap(lambda leaves, *others: inner(join(leaves), *others), in_axes=in_axes)(leaves, matrix, rows)
 
-    def computed(updates: tuple[Update, ...], weight: Array | None, x: Array) -> Array:
+    def computed(updates: tuple[Update, ...], weight: Array | Quantized | None, x: Array) -> Array:
         # x as (*batched stack, *free, features) in the order of the weight's own axes.
         rows = jnp.transpose(x, [*x_stack, *x_free, *x_features])
         rows = rows.reshape(*rows.shape[: len(x_stack) + len(x_free)], -1)
@@ -80,15 +86,25 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
         want += free_of_value + free_of_x if on_left else free_of_x + free_of_value
         return jnp.transpose(y, [have.index(axis) for axis in want])
 
-    def frozen(weight: Array, x: Array) -> Array:
-        weight = jnp.transpose(weight, value.order)
-        return primitives.dot_general_p.bind(*((weight, x) if on_left else (x, weight)), **params)
-
     if not additive:
         like = jax.eval_shape(frozen, value.weight, x)
-        return in_auto(computed, like)(value.updates, value.weight, x)
+        again = jax.checkpoint(computed) if quantized else computed  # As in `_frozen`.
+        return in_auto(again, like)(value.updates, value.weight, x)
     y = frozen(value.weight, x)
     return y + in_auto(lambda updates, x: computed(updates, None, x).astype(y.dtype), y)(value.updates, x)
+
+
+def _frozen(params: dict, value: Adapted, on_left: bool) -> Callable[[Array | Quantized, Array], Array]:
+    """The model's own product, of W and x."""
+
+    def product(weight: Array | Quantized, x: Array) -> Array:
+        floats = in_auto(dequantized, weight)(weight) if isinstance(weight, Quantized) else weight
+        floats = jnp.transpose(floats, value.order)
+        return primitives.dot_general_p.bind(*((floats, x) if on_left else (x, floats)), **params)
+
+    # The backward pass of x·W needs W. From few bits it is made a second time, or the floats of all layers would wait
+    # for it; the product itself is not repeated, for nothing there needs it.
+    return jax.checkpoint(product) if isinstance(value.weight, Quantized) else product
 
 
 def _dot(params: dict, matrix: Array, rows: Array) -> Array:
@@ -120,7 +136,7 @@ def add(params: dict, lhs: Any, rhs: Any) -> Any:
     on_output = [update.on_output for update in value.updates]
     if isinstance(x, Adapted) or not all(on_output) or value.letters != "l" * (x.ndim - 1) + "o":
         return NotImplemented
-    if value.shape != (*(1,) * (x.ndim - 1), x.shape[-1]):
+    if isinstance(value.weight, Quantized) or value.shape != (*(1,) * (x.ndim - 1), x.shape[-1]):
         return NotImplemented
     record(value, "add", fused=True)
     y = primitives.add_p.bind(x, jnp.transpose(value.weight, value.order), **params)
@@ -152,9 +168,19 @@ def gather(params: dict, value: Any, indices: Any) -> Any:
         return NotImplemented
 
     def take(matrix: Array) -> Array:
-        return primitives.gather_p.bind(matrix, indices, **{**params, "slice_sizes": (1, matrix.shape[1])})
+        changed: dict[str, Any] = {"slice_sizes": (1, matrix.shape[1])}
+        if not jnp.issubdtype(matrix.dtype, jnp.floating):  # Codes; their scales are filled instead.
+            changed["fill_value"] = 0
+        return primitives.gather_p.bind(matrix, indices, **{**params, **changed})
 
-    rows = take(jnp.transpose(value.weight, value.order))
+    weight = _transposed(value.weight, value.order)
+    if isinstance(weight, Quantized):
+        fill = params["fill_value"]
+        if weight.axis != -1 or not (fill is None or fill == 0 or fill != fill):
+            return NotImplemented  # A row has parts of many blocks, or scales cannot say what it is filled with.
+        rows = jax.tree.map(take, weight).dequantize()
+    else:
+        rows = take(weight)
     for update in value.updates:
         delta = update.delta_rows(take) if update.additive else None
         if delta is None:
@@ -168,6 +194,8 @@ def convert_element_type(params: dict, value: Adapted) -> Any:
     """The weight in another float type. The factors keep theirs: they follow the dtype of what they multiply."""
     if not jnp.issubdtype(params["new_dtype"], jnp.floating):
         return NotImplemented
+    if isinstance(value.weight, Quantized):
+        return dataclasses.replace(value, weight=value.weight.astype(params["new_dtype"]))
     weight = primitives.convert_element_type_p.bind(value.weight, **params)
     return dataclasses.replace(value, weight=weight)
 
@@ -183,7 +211,7 @@ def reshape(params: dict, value: Adapted) -> Any:
     if [params["new_sizes"][axis] for axis in places] == list(value.shape):
         return broadcast_in_dim({"broadcast_dimensions": places, "shape": params["new_sizes"]}, value)
     settled = _settle(value)
-    if settled is NotImplemented or params["dimensions"] is not None:
+    if settled is NotImplemented or params["dimensions"] is not None or isinstance(value.weight, Quantized):
         return NotImplemented
     layout = _reshaped_layout(settled.shape, settled.layout, params["new_sizes"])
     if layout is None:
@@ -196,7 +224,7 @@ def _settle(value: Adapted) -> Any:
     """The same value with its weight transposed into its order, if axes of one letter keep theirs."""
     if any([axis for axis in value.order if value.layout[axis] == letter] != value.axes(letter) for letter in "ilo"):
         return NotImplemented
-    weight = jnp.transpose(value.weight, value.order)
+    weight = _transposed(value.weight, value.order)
     return dataclasses.replace(value, weight=weight, layout=value.letters, order=tuple(range(weight.ndim)))
 
 
@@ -223,7 +251,7 @@ def squeeze(params: dict, value: Adapted) -> Adapted:
     kept = [axis for axis in range(len(value.layout)) if axis not in dropped]
     return dataclasses.replace(
         value,
-        weight=jax.lax.squeeze(value.weight, dropped),
+        weight=rearranged(value.weight, lambda array: jax.lax.squeeze(array, dropped), kept),
         updates=jax.tree.map(lambda leaf: jax.lax.squeeze(leaf, stack), value.updates),
         layout="".join(value.layout[axis] for axis in kept),
         order=tuple(kept.index(axis) for axis in value.order if axis in kept),
@@ -241,7 +269,11 @@ def broadcast_in_dim(params: dict, value: Adapted, *dynamic: Any) -> Any:
     stack = len(value.axes("l"))
     return dataclasses.replace(
         value,
-        weight=jnp.expand_dims(value.weight, tuple(stored.values())),
+        weight=rearranged(
+            value.weight,
+            lambda array: jnp.expand_dims(array, tuple(stored.values())),
+            [*range(len(value.layout)), *[None] * len(new)],
+        ),
         updates=jax.tree.map(lambda leaf: jnp.expand_dims(leaf, tuple(range(stack, stack + len(new)))), value.updates),
         layout=value.layout + "l" * len(new),
         order=tuple(stored[axis] if axis in stored else value.order[places.index(axis)] for axis in range(len(shape))),
@@ -281,7 +313,7 @@ def _cut_stack(value: Adapted, sizes: Sequence[int], cut: Callable[[Array, int, 
         axis = value.order[view_axis]
         if value.layout[axis] != "l":
             return NotImplemented
-        weight = cut(weight, axis, view_axis)
+        weight = rearranged(weight, lambda array, at=axis, view=view_axis: cut(array, at, view), range(weight.ndim))
         stack_axis = value.axes("l").index(axis)
         updates = jax.tree.map(
             lambda leaf, at=stack_axis, view=view_axis: leaf if leaf.shape[at] == 1 else cut(leaf, at, view), updates
@@ -298,6 +330,8 @@ def on_weight(primitive: jex.Primitive) -> Callable:
     """Rule of an operation that leaves the values as they are: it is done to the weight alone."""
 
     def rule(params: dict, value: Adapted) -> Adapted:
+        if isinstance(value.weight, Quantized):  # What is asked of its floats is not asked of its codes.
+            return value
         done = primitive.bind(jnp.transpose(value.weight, value.order), **params)
         back = [value.order.index(axis) for axis in range(done.ndim)]
         return dataclasses.replace(value, weight=jnp.transpose(done, back))
@@ -314,11 +348,15 @@ def stack_axis_first(value: Adapted) -> Any:
     stack_axis = value.axes("l").index(axis)
     return dataclasses.replace(
         value,
-        weight=jnp.transpose(value.weight, kept),
+        weight=_transposed(value.weight, kept),
         updates=jax.tree.map(lambda leaf: jnp.moveaxis(leaf, stack_axis, 0), value.updates),
         layout="".join(value.layout[other] for other in kept),
         order=tuple(kept.index(other) for other in value.order),
     )
+
+
+def _transposed(weight: Array | Quantized, order: Sequence[int]) -> Any:
+    return rearranged(weight, lambda array: jnp.transpose(array, order), order)
 
 
 def without_leading_axis(value: Adapted) -> Adapted:

@@ -20,8 +20,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft.adapter import Adapter
+from jaxpeft.blocks import is_quantized
 from jaxpeft.layout import axes as axes_of
-from jaxpeft.sites import Group, flatten, nearest_paths, paths_and_leaves
+from jaxpeft.quantize import shardings as of_blocks
+from jaxpeft.sites import Group, flatten, nearest_paths, paths_and_leaves, with_leaves
 from jaxpeft.updates import PerShard, Update
 
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -70,7 +72,11 @@ def from_rules(params: Any, mesh: Mesh, rules: Rules, *, strict: bool = True) ->
         near = nearest_paths(patterns[0], dict(leaves))
         raise ValueError(f"no sharding rule that splits anything fits an array of this tree; {patterns[0]!r}: {near}")
     placed = [_by_rules(path, tuple(leaf.shape), mesh, rules, strict) for path, leaf in leaves]
-    return jax.tree.unflatten(jax.tree.structure(params), placed)
+    arrays = [
+        of_blocks(leaf, sharding) if is_quantized(leaf) else sharding
+        for (_, leaf), sharding in zip(leaves, placed, strict=True)
+    ]
+    return with_leaves(params, arrays)
 
 
 def _by_rules(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules, strict: bool) -> NamedSharding:
@@ -158,13 +164,15 @@ def whole(leaf: Any) -> np.ndarray:
 
 
 def flatten_shardings(shardings: Any) -> dict[str, NamedSharding]:
-    """{path: sharding} of those leaves of a tree that lie on a mesh."""
-    return {path: leaf for path, leaf in paths_and_leaves(shardings) if isinstance(leaf, NamedSharding)}
+    """{path: sharding} of those leaves of a tree that lie on a mesh; a weight in few bits lies as its codes do."""
+    found = {path: leaf.codes if is_quantized(leaf) else leaf for path, leaf in paths_and_leaves(shardings)}
+    return {path: leaf for path, leaf in found.items() if isinstance(leaf, NamedSharding)}
 
 
 def explicit(base: Any) -> dict[str, NamedSharding]:
     """{path: sharding} of the arrays whose type says how they lie, as on a mesh of explicit axes."""
-    found = {path: jax.typeof(leaf).sharding for path, leaf in flatten(base).items()}
+    leaves = {path: leaf.codes if is_quantized(leaf) else leaf for path, leaf in flatten(base).items()}
+    found = {path: jax.typeof(leaf).sharding for path, leaf in leaves.items()}
     return {path: at for path, at in found.items() if AxisType.Explicit in at.mesh.axis_types}
 
 

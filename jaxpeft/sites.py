@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.blocks import is_quantized
 from jaxpeft.layout import sizes
 from jaxpeft.table import table
 
@@ -196,9 +197,14 @@ def flatten(params: Any) -> dict[str, Any]:
 
 
 def paths_and_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """Every leaf of a tree with its "/"-joined path, in the tree's order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    """Every leaf of a tree with its "/"-joined path, in the tree's order; a weight in few bits is one leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
     return [(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf) for keys, leaf in leaves]
+
+
+def with_leaves(tree: Any, leaves: Sequence[Any]) -> Any:
+    """The tree with other leaves, in the order of `paths_and_leaves`."""
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_quantized), leaves)
 
 
 def _select(

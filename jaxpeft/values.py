@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType
 
+from jaxpeft.blocks import Quantized, dequantized
 from jaxpeft.layout import axes, from_matrix, sizes, to_matrix
 from jaxpeft.updates import Update
 
@@ -23,14 +24,15 @@ class Adapted:
     """A weight and its updates, standing for the array W' = W + Σ ΔW; a pytree.
 
     Attributes:
-        weight: W in the layout it is stored in.
-        updates: their arrays lead with the layout's stack axes, in order; where one array serves all, with size 1.
+        weight: W in the layout it is stored in, an array or in few bits.
+        updates: their arrays lead with the layout's stack axes, in order; where one array serves all, with size 1. None
+            for a weight in few bits that is not adapted.
         layout: one letter an axis of `weight`, as in `jaxpeft.sites.Group`.
         order: the value is `weight` transposed by this permutation.
         site: path of the weight, for reports.
     """
 
-    weight: Array
+    weight: Array | Quantized
     updates: tuple[Update, ...]
     layout: str = dataclasses.field(metadata={"static": True})
     order: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -44,7 +46,7 @@ class Adapted:
     @property
     def formed(self) -> bool:
         """Whether every update needs ΔW as an array anyway."""
-        return all(update.formed for update in self.updates)
+        return bool(self.updates) and all(update.formed for update in self.updates)
 
     @property
     def letters(self) -> str:
@@ -61,8 +63,10 @@ class Adapted:
 
     def materialize(self) -> Array:
         """W' formed in float32 and cast once to the dtype of W."""
+        if not self.updates:
+            return jnp.transpose(dequantized(self.weight), self.order)
 
-        def form(updates: tuple[Update, ...], weight: Array) -> Array:
+        def form(updates: tuple[Update, ...], weight: Array | Quantized) -> Array:
             frozen = to_matrix(weight, self.layout).astype(jnp.float32)
             formed = over_stack(materialize, len(self.axes("l")))(updates, frozen).astype(weight.dtype)
             return from_matrix(formed, self.layout, weight.shape)
@@ -83,7 +87,7 @@ def in_auto(function: Callable, like: Any) -> Callable:
 
     On a mesh of explicit axes every product of two split arrays would have to say how its result lies.
     """
-    sharding = jax.typeof(like).sharding
+    sharding = jax.typeof(like.codes if isinstance(like, Quantized) else like).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return function
     return jax.sharding.auto_axes(function, out_sharding=sharding)

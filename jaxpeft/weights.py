@@ -33,7 +33,7 @@ class Weights(Mapping[str, Array]):
 
     def _matrices(self, group: Group, path: str) -> Array:
         """The adapted weights of one array, stack axes flattened."""
-        matrices = to_matrix(jnp.asarray(self.leaves[path]), group.layout).astype(jnp.float32)
+        matrices = to_matrix(self.leaves[path], group.layout).astype(jnp.float32)
         if group.entries is not None:
             matrices = matrices[jnp.asarray(group.entries)]
         return matrices.reshape(-1, group.in_dim, group.out_dim)

@@ -188,6 +188,50 @@ def test_conversion(tmp_path):
     np.testing.assert_array_equal(found[[0, 2, 1, 3]], stored[:4])
 
 
+def test_blocks_kept_as_they_are(tmp_path):
+    """Q4_1 and Q8_0 parameters stand for the very floats that the expanded file holds; other types become floats."""
+    import jax
+
+    import jaxpeft
+    from jaxpeft import models, quantize
+    from jaxpeft.models.gguf_blocks import quantized_params
+
+    metadata, _ = tiny_llama()
+    metadata |= {"llama.block_count": 2, "llama.embedding_length": 64, "llama.feed_forward_length": 96}
+    rng = np.random.default_rng(0)
+    tensors = {"output_norm.weight": f32(np.ones(64))}
+
+    def add(name, number, shape):
+        tensors[f"{name}.weight"] = (shape, number, blocks_of(number, rng, np.prod(shape) // 32)[0])
+
+    add("token_embd", 8, (260, 64))
+    for layer in range(2):
+        for norm in ("attn_norm", "ffn_norm"):
+            tensors[f"blk.{layer}.{norm}.weight"] = f32(rng.normal(size=64))
+        add(f"blk.{layer}.attn_q", 3, (64, 64))
+        add(f"blk.{layer}.attn_k", 8, (32, 64))
+        add(f"blk.{layer}.attn_v", 2, (32, 64))
+        add(f"blk.{layer}.attn_output", 3, (64, 64))
+        add(f"blk.{layer}.ffn_gate", 3, (96, 64))
+        add(f"blk.{layer}.ffn_up", 3 if layer else 8, (96, 64))
+        add(f"blk.{layer}.ffn_down", 3, (64, 96))
+    write(tmp_path / "m.gguf", metadata, tensors)
+    gguf_to_hf(tmp_path / "m.gguf", tmp_path)
+    lm, like = models.load(tmp_path), models.load(tmp_path, weights=False)
+    params = quantized_params(tmp_path / "m.gguf", like.config, like.params)
+    kinds = {path: getattr(leaf, "kind", None) for path, leaf in jaxpeft.sites.paths_and_leaves(params)}
+    assert kinds["embed/embedding"] == kinds["layers/self_attn/k_proj/kernel"] == "q8_0"
+    assert kinds["layers/self_attn/q_proj/kernel"] == kinds["layers/mlp/down_proj/kernel"] == "q4_1"
+    assert kinds["layers/self_attn/v_proj/kernel"] is kinds["layers/mlp/up_proj/kernel"] is None
+    jax.tree.map(np.testing.assert_array_equal, quantize.dequantize(params), lm.params)
+    shapes = quantized_params(tmp_path / "m.gguf", like.config, like.params, weights=False)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), params)
+    tokens = np.arange(12).reshape(2, 6)
+    np.testing.assert_allclose(
+        jaxpeft.adapt(lm.logits)(params, [], tokens), lm.logits(lm.params, tokens), rtol=1e-4, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

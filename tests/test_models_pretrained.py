@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import test_models_gguf
 
-from jaxpeft import models
+import jaxpeft
+from jaxpeft import models, quantize
 
 # `models.pretrained` is the function.
 module = importlib.import_module("jaxpeft.models.pretrained")
@@ -101,6 +102,26 @@ def test_downloads_once(packaged):
     assert first.source == "tiny-instruct"
     folder = f"tiny-instruct-{module.PACKAGED['tiny-instruct'].member_sha256[:12]}"
     assert files(cache) == ["m.gguf", folder]
+
+
+def test_blocks_are_kept_where_there_are_any(packaged, tmp_path):
+    floats, kept = models.pretrained("tiny-instruct"), models.pretrained("tiny-instruct", keep_blocks=True)
+    jax.tree.map(np.testing.assert_array_equal, floats.params, kept.params)  # The tiny file holds floats only.
+    assert kept.source == "tiny-instruct"
+    shapes = models.pretrained("tiny-instruct", keep_blocks=True, weights=False).params
+    assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(lambda leaf: leaf.shape, floats.params)
+    with pytest.raises(ValueError, match=r"keep_blocks: .*is no GGUF model .*tiny-instruct.*jaxpeft.quantize"):
+        models.pretrained(tmp_path, keep_blocks=True)
+
+
+def test_the_real_models_blocks(smollm2):
+    kept = models.pretrained("smollm2-135m-instruct", keep_blocks=True)
+    jax.tree.map(np.testing.assert_array_equal, quantize.dequantize(kept.params), smollm2.params)
+    assert quantize.nbytes(kept.params) == 96_576_768
+    prompt = GOLDEN["greedy_prompt_ids"]
+    generate = jaxpeft.adapt(kept.generate)
+    found = generate(kept.params, [], jnp.array([prompt]), jnp.array([len(prompt)]), max_new_tokens=8)
+    assert found[0].tolist() == GOLDEN["greedy_ids"][len(prompt) :][:8]
 
 
 def test_an_interrupted_stage_is_repeated_alone(packaged, monkeypatch):

@@ -147,7 +147,7 @@ def _frozen_step(made: job.Job, batch: dict[str, jax.Array]) -> tuple[Any, tuple
     def loss(norms: dict[str, jax.Array], base: Any, batch: dict[str, jax.Array]) -> jax.Array:
         leaves = [norms.get(path, leaf) for path, leaf in jaxpeft.sites.paths_and_leaves(base)]
         inputs = {name: array for name, array in batch.items() if name != "weights"}
-        losses = made.model.token_losses(jax.tree.unflatten(jax.tree.structure(base), leaves), **inputs)
+        losses = jaxpeft.adapt(made.model.token_losses)(jaxpeft.sites.with_leaves(base, leaves), [], **inputs)
         return jnp.sum(losses * batch["weights"]) / jnp.sum(batch["weights"])
 
     arguments = (norms, made.base, batch)

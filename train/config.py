@@ -29,6 +29,8 @@ class Model:
     """A built-in name (`smollm2-135m-instruct`), a local Hugging Face folder, or a hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The type the weights are held and multiplied in."""
+    quantize: Literal["nf4", "int8", "int4", "gguf"] | None = None
+    """Holds the linear weights in few bits; see `jaxpeft.quantize`. `gguf`: a built-in model's own blocks."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes again instead of keeping: nothing of a layer, all but its products, all."""
 

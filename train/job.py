@@ -94,7 +94,9 @@ def of_shapes(config: Config, mesh: Mesh) -> Subject:
         architecture = models.ARCHITECTURES[config.model.name]
         numerics = {"dtype": config.model.dtype, "param_dtype": config.model.dtype, "remat": config.model.remat}
         shape = dataclasses.replace(architecture, **numerics)
-        model = models.shapes(shape, mesh=mesh, source=config.model.name)
+        if config.model.quantize == "gguf":
+            raise ConfigError([f"model.quantize: {config.model.name} is an architecture, and has no blocks of its own"])
+        model = _quantized(config, models.shapes(shape, mesh=mesh, source=config.model.name))
     else:
         model = _pretrained(config, mesh, weights=False)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -105,10 +107,11 @@ def of_shapes(config: Config, mesh: Mesh) -> Subject:
 def _pretrained(config: Config, mesh: Mesh, weights: bool) -> models.LanguageModel:
     name, dtype = config.model.name, config.model.dtype
     try:
-        model = models.pretrained(name, dtype=dtype, mesh=mesh, weights=weights)
+        kept = config.model.quantize == "gguf"
+        model = models.pretrained(name, dtype=dtype, mesh=mesh, weights=weights, keep_blocks=kept)
     except ValueError as error:  # no such model, or files that are not one
         raise ConfigError([f"model.name: {error}"]) from None
-    return model.with_config(remat=config.model.remat)
+    return _quantized(config, model.with_config(remat=config.model.remat))
 
 
 def _adapter(config: Config, model: models.LanguageModel, key: Any, weights: bool) -> Adapter:
@@ -126,6 +129,16 @@ def _adapter(config: Config, model: models.LanguageModel, key: Any, weights: boo
         return devices.shapes(shapes, stored)
     except ValueError as error:  # hyper-parameters that are valid, but not for these weights
         raise ConfigError([f"method: {error}"]) from None
+
+
+def _quantized(config: Config, model: models.LanguageModel) -> models.LanguageModel:
+    if config.model.quantize in (None, "gguf"):
+        return model
+    try:
+        params = jaxpeft.quantize.quantize(model.params, config.model.quantize)
+        return dataclasses.replace(model, params=params)
+    except ValueError as error:  # a block that does not divide a weight
+        raise ConfigError([f"model.quantize: {error}"]) from None
 
 
 def sites(config: Config, params: Any) -> jaxpeft.Sites:

@@ -49,11 +49,11 @@ def gguf_to_hf(source: str | os.PathLike, folder: str | os.PathLike) -> None:
     for name, tensor in file.tensors.items():
         weight = tensor.dequantize()
         if ".attn_q." in name:
-            weight = _unpermute(weight, config["num_attention_heads"])
+            weight = unpermute(weight, config["num_attention_heads"])
         elif ".attn_k." in name:
-            weight = _unpermute(weight, config["num_key_value_heads"])
+            weight = unpermute(weight, config["num_key_value_heads"])
         # save_file writes the buffer as it lies, so it must lie in order.
-        weights[_tensor_name(name)] = np.ascontiguousarray(weight)
+        weights[hf_tensor_name(name)] = np.ascontiguousarray(weight)
     folder = Path(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -87,10 +87,10 @@ def _config(file: gguf.File) -> dict[str, Any]:
     }
 
 
-def _tensor_name(name: str) -> str:
+def hf_tensor_name(name: str) -> str:
     """Hugging Face's name of a tensor.
 
-    >>> _tensor_name("blk.3.attn_q.weight")
+    >>> hf_tensor_name("blk.3.attn_q.weight")
     'model.layers.3.self_attn.q_proj.weight'
     """
     *block, module, leaf = name.split(".")
@@ -100,7 +100,8 @@ def _tensor_name(name: str) -> str:
     return f"{layer}{_TENSORS[module]}.{leaf}"
 
 
-def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a query or key projection (out, …) in Hugging Face's order."""
     # llama.cpp rotates neighbouring features of a head, Hugging Face the i-th with the (i + H / 2)-th: the rows of the
     # query and key projections are stored in the former's order.
     rows, columns = weight.shape

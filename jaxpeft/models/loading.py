@@ -155,7 +155,7 @@ class _Tensors:
         """A parameter as laid out by `sharding`, every shard read and stacked on its own."""
 
         def read(layer: int, index: tuple[slice, ...]) -> np.ndarray:
-            if _is_kernel(name):
+            if is_kernel(name):
                 return self.slices[name.format(layer)][index[1], index[0]].T
             return self.slices[name.format(layer)][index]
 
@@ -177,13 +177,14 @@ def _shape(name: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Shardin
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _is_kernel(name: str) -> bool:
+def is_kernel(name: str) -> bool:
+    """Whether a tensor of a Hugging Face file is (out, in), and the parameter (in, out)."""
     return name.endswith(("_proj.weight", "lm_head.weight"))
 
 
 def _file_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
     # torch keeps kernels as (out, in).
-    return shape[::-1] if _is_kernel(name) else shape
+    return shape[::-1] if is_kernel(name) else shape
 
 
 def _shardings(config: Config, mesh: Mesh | None, rules: Rules | None) -> dict[str, jax.sharding.Sharding]:

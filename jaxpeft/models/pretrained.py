@@ -19,6 +19,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from jaxpeft.models.convert import gguf_to_hf
+from jaxpeft.models.gguf_blocks import quantized_params
 from jaxpeft.models.language_model import LanguageModel
 from jaxpeft.models.loading import load
 from jaxpeft.sharding import Rules
@@ -63,6 +64,7 @@ def pretrained(
     cache_dir: str | os.PathLike | None = None,
     offline: bool | None = None,
     weights: bool = True,
+    keep_blocks: bool = False,
 ) -> LanguageModel:
     """A pretrained language model.
 
@@ -79,15 +81,22 @@ def pretrained(
       cache_dir: default ``$JAXPEFT_CACHE``, ``$XDG_CACHE_HOME/jaxpeft`` or ``~/.cache/jaxpeft``; the hub has its own.
       offline: True never touches the network. Default: what ``$HF_HUB_OFFLINE`` says.
       weights: as in `jaxpeft.models.load`; False downloads no weights from the hub.
+      keep_blocks: True keeps the 4-bit and 8-bit blocks of a model of `PACKAGED`, which stand for the same values in a
+        fifth of the memory; call such a model through `jaxpeft.adapt`, with an adapter or ``[]``.
 
     Raises:
-      ValueError: an unknown name, with the nearest known one; a download whose checksum is wrong.
+      ValueError: an unknown name, with the nearest known one; a download whose checksum is wrong; `keep_blocks` of a
+        model that has none.
       ConnectionError: the source cannot be reached, or must not be; says which file to put where instead.
       FileNotFoundError, ValueError: from `jaxpeft.models.load`.
     """
     if offline is None:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     name = os.fspath(name)
+    if keep_blocks and name not in PACKAGED:
+        raise ValueError(
+            f"keep_blocks: {name!r} is no GGUF model ({', '.join(PACKAGED)}); load it, and use jaxpeft.quantize"
+        )
     if name in PACKAGED:
         folder = _packaged(name, _cache(cache_dir), offline)
     elif os.path.isdir(os.path.expanduser(name)):
@@ -101,7 +110,12 @@ def pretrained(
             f"{name!r} is no existing folder, no name on the Hugging Face hub (owner/model), and none of the known "
             f"models: {', '.join(PACKAGED)}{hint}"
         )
-    model = load(folder, dtype=dtype, param_dtype=param_dtype, mesh=mesh, rules=rules, weights=weights)
+    floats = weights and not keep_blocks
+    model = load(folder, dtype=dtype, param_dtype=param_dtype, mesh=mesh, rules=rules, weights=floats)
+    if keep_blocks:
+        source = _gguf(PACKAGED[name], _cache(cache_dir), offline)
+        params = quantized_params(source, model.config, model.params, weights=weights)
+        model = dataclasses.replace(model, params=params)
     return dataclasses.replace(model, source=name)
 
 
