@@ -64,7 +64,7 @@ def from_rules(params: Any, mesh: Mesh, rules: Rules, *, strict: bool = True) ->
         >>> from jax.sharding import PartitionSpec as P
         >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
         >>> from_rules({"kernel": jnp.ones((3, 4))}, mesh, [("kernel", P("fsdp", "tensor"))])["kernel"].spec
-        PartitionSpec('fsdp', 'tensor')
+        P('fsdp', 'tensor')
     """
     leaves = paths_and_leaves(params)
     patterns = [pattern for pattern, spec in rules if any(spec)]
@@ -118,7 +118,7 @@ def adapter(of: Adapter, shardings: Any) -> Adapter:
         >>> by_kernel = jaxpeft.sharding.from_rules(base, mesh, [("kernel", P("fsdp", "tensor"))])
         >>> placed = jaxpeft.sharding.adapter(made, by_kernel)
         >>> placed.params["up/kernel"]["a"].spec, placed.params["up/kernel"]["b"].spec
-        (PartitionSpec(None, None, 'fsdp'), PartitionSpec(None, None, 'tensor'))
+        (P(None, None, 'fsdp'), P(None, None, 'tensor'))
     """
     at = flatten_shardings(shardings)
     mesh, expansion = mesh_of(at), _expansion(of, at)
@@ -201,7 +201,8 @@ def updates(of: Adapter, shardings: Mapping[str, NamedSharding]) -> dict[str, Up
     """
     mesh, expansion = mesh_of(shardings), _expansion(of, shardings)
     inputs, structure = jax.tree.flatten((of.params, of.constants))
-    where = mesh if isinstance(mesh, Mesh) else None  # A mesh of explicit axes is the context's.
+    # A mesh of explicit axes is the context's.
+    where = None if AxisType.Explicit in mesh.axis_types or not isinstance(mesh, Mesh) else mesh
     outputs = expansion.outputs
     computed = [at for at, output in enumerate(outputs) if output.kept is None]
 

@@ -256,6 +256,8 @@ def test_a_mesh_of_explicit_axes():
             )
             out = jax.jit(jaxpeft.adapt(apply))(typed, adapter, jax.device_put(x, P("data")))
             assert jax.typeof(out).sharding.spec == P("data", None, None)
+            told = jaxpeft.adapt(apply, shardings=sharding.of(typed))
+            np.testing.assert_allclose(told(typed, adapter, jax.device_put(x, P("data"))), out, atol=1e-5)
         assert_close(found, expected)
 
 

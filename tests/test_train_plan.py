@@ -136,6 +136,6 @@ def test_out_of_memory_is_an_answer():
     assert last[2]
     assert last[1] < found.hbm_bytes
     assert not any(fits for _, _, fits in failed)
-    text = plan.text([found])
+    text = plan.page(found)
     assert "does not fit" in text
     assert f"{last[0]}: fits, peak" in text

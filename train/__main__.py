@@ -181,7 +181,8 @@ def _plan(options: argparse.Namespace, console: Console) -> None:
         described = [one.to_dict() for one in found]
         print(json.dumps(described[0] if len(described) == 1 else described, indent=2))
     else:
-        console.print(plan.text(found), markup=False, highlight=False, no_wrap=True, crop=False)
+        shown = plan.rows(found) if options.methods or len(found) > 1 else plan.page(found[0])
+        console.print(shown, markup=False, highlight=False, no_wrap=True, crop=False)
 
 
 def _run_or_config(path: str, overrides: Sequence[str]):

@@ -321,19 +321,16 @@ def _changes(config: Config, machine: Topology) -> Iterator[tuple[str, Any]]:
         accumulate = config.train.accumulate * parts
         if config.train.batch_size % (accumulate * rows) == 0:
             yield "train.accumulate", accumulate
+    if config.model.quantize is None:
+        yield "model.quantize", "nf4"
     if sizes["data"] > 1:
         yield "mesh.data", 1
         yield "mesh.fsdp", -1
     yield "data.max_length", (config.data.max_length - 1) // 2 + 1
 
 
-def text(found: Sequence[Plan]) -> str:
-    """The plans for people: one in full, several as a table."""
-    return _one(found[0]) if len(found) == 1 else rows(found)
-
-
 def rows(found: Sequence[Plan]) -> str:
-    """One line a plan, as a Markdown table."""
+    """Plans to compare, one line each, as a Markdown table."""
     head = (
         "topology",
         "model",
@@ -383,7 +380,8 @@ def rows(found: Sequence[Plan]) -> str:
     )
 
 
-def _one(one: Plan) -> str:
+def page(one: Plan) -> str:
+    """One plan for people, in full."""
     verdict = "fits" if one.fits else "does not fit"
     if one.peak_bytes is None:
         verdict += ", by more than any chip of as many devices could tell"
