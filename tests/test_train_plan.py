@@ -33,7 +33,8 @@ needs_libtpu = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """The command prepares the environment for JAX; other tests should not see it."""
+    """The command prepares the environment for JAX, which in this process has its devices; others should not see it."""
+    jax.devices()
     for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
         monkeypatch.setenv(name, os.environ[name])
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -331,53 +331,26 @@ def _changes(config: Config, machine: Topology) -> Iterator[tuple[str, Any]]:
 
 def rows(found: Sequence[Plan]) -> str:
     """Plans to compare, one line each, as a Markdown table."""
-    head = (
-        "topology",
-        "model",
-        "method",
-        "trained",
-        "batch",
-        "args",
-        "temp",
-        "peak",
-        "of",
-        "fits",
-        "TFLOP",
-        "links",
-        "roofline",
-        "bound by",
-        "tokens/s",
-        "compile",
-    )
-    lines = [head, tuple("---" for _ in head)]
-    for one in found:
-        lines.append(
-            (
-                one.topology,
-                one.model.rpartition("/")[2],
-                one.method,
-                f"{one.trained:,}",
-                f"{one.batch[0]} x {one.batch[1]}",
-                _gib(one.argument_bytes),
-                _gib(one.temporary_bytes),
-                _gib(one.peak_bytes),
-                _gib(one.hbm_bytes),
-                "yes" if one.fits else "no",
-                _number(one.flops, 1e12),
-                _gib(one.ici_bytes),
-                _seconds(one.roofline_seconds),
-                one.bound,
-                _number(one.tokens_per_second, 1, 0),
-                f"{one.compile_seconds:.0f} s",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "| "
-        + " | ".join(cell.ljust(width, "-" if cell == "---" else " ") for cell, width in zip(line, widths, strict=True))
-        + " |"
-        for line in lines
-    )
+    columns: dict[str, Callable[[Plan], str]] = {
+        "topology": lambda one: one.topology,
+        "model": lambda one: one.model.rpartition("/")[2],
+        "method": lambda one: one.method,
+        "trained": lambda one: f"{one.trained:,}",
+        "batch": lambda one: "{} x {}".format(*one.batch),
+        "arguments": lambda one: _gib(one.argument_bytes),
+        "temporaries": lambda one: _gib(one.temporary_bytes),
+        "peak": lambda one: _gib(one.peak_bytes),
+        "of": lambda one: _gib(one.hbm_bytes),
+        "fits": lambda one: "yes" if one.fits else "no",
+        "TFLOP": lambda one: _number(one.flops, 1e12),
+        "links": lambda one: _gib(one.ici_bytes),
+        "roofline": lambda one: _seconds(one.roofline_seconds),
+        "bound by": lambda one: one.bound,
+        "tokens/s": lambda one: _number(one.tokens_per_second, 1, 0),
+        "compiled in": lambda one: f"{one.compile_seconds:.0f} s",
+    }
+    lines = [[*columns], ["---"] * len(columns), *([cell(one) for cell in columns.values()] for one in found)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def page(one: Plan) -> str:
