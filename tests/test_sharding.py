@@ -17,6 +17,7 @@ import jaxpeft
 from jaxpeft import models, sharding
 from jaxpeft.methods import full, lora, mos
 from jaxpeft.updates import PerShard
+from train import costs
 
 RULES = (
     ("query/kernel", P(None, "fsdp", None, "tensor")),
@@ -194,6 +195,28 @@ def test_dropout_inside_dora_draws_for_every_shard():
     same = jnp.broadcast_to(IDS[:1], IDS.shape)
     out = forward(model.params, adapter, same, dropout_key=jax.random.key(5))
     assert len(np.unique(np.asarray(out[:, 0, 0]))) == 8
+
+
+@pytest.mark.parametrize("name", ["mos", "prolora", "vblora", "sharelora"])
+def test_pools_stay_out_of_the_loop_over_layers(name):
+    """Factors are gathered and reduced there, as kernels are under fsdp; what they are made of moves once, outside."""
+    model, adapter = scanned(SPECS[name])
+    mesh = mesh_of(**MESHES["data, fsdp, tensor"])
+    placed = sharding.from_rules(model.params, mesh, RULES)
+    stored = sharding.adapter(adapter, placed)
+    compiled = jax.jit(
+        step(jaxpeft.adapt(model.apply, shardings=placed), adapter),
+        out_shardings=(NamedSharding(mesh, P()), stored.params),
+    )
+    on_mesh = jax.device_put(adapter, stored)
+    base = jax.device_put(model.params, placed)
+    ids = jax.device_put(IDS, NamedSharding(mesh, P(("data", "fsdp"))))
+    found = costs.analyse(compiled.lower(on_mesh.params, on_mesh.constants, base, ids).compile().as_text())
+    whole = {leaf.shape for leaf in jax.tree.leaves(adapter.params)}
+    moved = [one for one in found.collectives if whole & {shape.dims for shape in (*one.operands, *one.results)}]
+    assert moved
+    assert all(one.kind == "all-reduce" and (one.depth, one.times) == (0, 1) for one in moved)
+    assert any(one.depth for one in found.collectives)
 
 
 def test_batches_that_no_shard_divides_are_right():
