@@ -229,7 +229,7 @@ class _Step:
 
 def _with_room(config: Config, machine: Topology, error: OutOfMemory) -> Plan:
     """The plan of a step that does not fit, seen on as many devices with more memory."""
-    asked = _Step(config, machine)
+    asked, needed = _Step(config, machine), int(error.used)
     for roomy in _roomier(machine):
         step = _Step(config, roomy)
         try:
@@ -243,6 +243,7 @@ def _with_room(config: Config, machine: Topology, error: OutOfMemory) -> Plan:
             topology=machine.name,
             seen_on=roomy.name,
             fits=False,
+            peak_bytes=max(seen.peak_bytes, needed),
             hbm_bytes=asked.available,
             terms=terms,
             roofline_seconds=max(terms.values()),
@@ -284,7 +285,8 @@ def _largest(text: str) -> tuple[Buffer, ...]:
             if one.opcode in skipped or not isinstance(one.shape, hlo.Shape):
                 continue
             shape = f"{one.shape.dtype}{list(one.shape.dims)}"
-            found[shape, one.op_name] = Buffer(one.shape.bytes, shape, one.op_name or one.name)
+            origin = (one.op_name or one.name).replace("\\'", "'")
+            found[shape, origin] = Buffer(one.shape.bytes, shape, origin)
     return tuple(sorted(found.values(), key=lambda buffer: -buffer.bytes)[:5])
 
 
