@@ -277,7 +277,9 @@ def _expansion(of: Adapter, shardings: Mapping[str, NamedSharding]) -> _Expansio
         kernel = shardings.get(group.paths[0], NamedSharding(mesh, PartitionSpec()))
         specs = jax.tree.leaves(_of_update(shapes[name], *_sides(group, kernel)))
         split = {axis for spec in specs for entry in spec for axis in _names(entry, mesh)}
-        copies[name] = tuple(axis for axis in BATCH if mesh.shape.get(axis, 1) > 1 and axis not in split)
+        # A vector has no product that its copies could serve, unless they act on what a layer gives out.
+        served = BATCH if "i" in group.layout or shapes[name].on_output else ()
+        copies[name] = tuple(axis for axis in served if mesh.shape.get(axis, 1) > 1 and axis not in split)
         for spec in specs:
             atom = next(outvars)
             outputs.append(_Output(spec, copies[name], alone.get(atom) if isinstance(atom, jex.Var) else None))

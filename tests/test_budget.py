@@ -11,7 +11,7 @@ from train import methods
 
 @pytest.fixture(scope="module")
 def llama() -> jaxpeft.Sites:
-    return methods.sites("llama2-7b")
+    return methods.sites("meta-llama/Llama-2-7b-hf")
 
 
 def test_published_budgets(llama) -> None:

@@ -1,6 +1,5 @@
 """Base weights in few bits: what they stand for, and that every update on them is what it is on the floats."""
 
-import importlib.util
 import math
 import re
 
@@ -461,12 +460,11 @@ def test_errors() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "int4"])
-@pytest.mark.skipif(importlib.util.find_spec("qwix") is None, reason="qwix, an optional oracle, is not installed")
+@pytest.mark.parity
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_as_qwix(kind) -> None:
     """The codes are those of qwix, and its arrays come and go as they are."""
-    import qwix
-
+    qwix = pytest.importorskip("qwix", reason="qwix is not installed: pip install 'jaxpeft[parity]'")
     qtype = {"nf4": "nf4", "int8": jnp.int8, "int4": jnp.int4}[kind]
     theirs = qwix.quantize(W, qtype, channelwise_axes=[0, 2], tiled_axes={1: 64})
     ours = one(kind, double=False)
