@@ -106,7 +106,7 @@ def subject(config: Config, weights: bool = True) -> Subject:
         base=model.params,
         adapter=adapter,
         key=dropout_key,
-        template=Template(model.tokenizer, config.data.template),
+        template=Template(model.tokenizer, config.data.template, embedded=model.config.vocab_size),
     )
 
 
