@@ -4,10 +4,11 @@ A checkpoint holds the trained arrays, the frozen arrays (index tables as small 
 and metadata: format version, spec, sites, the fingerprint of the base, and a checksum of every array.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -30,10 +31,17 @@ FORMAT = 1
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, newer than this library, or of another adapter, base or training state."""
+    """A checkpoint cannot be written, is missing, damaged, or newer, or of another adapter, base or training state."""
 
 
-def save(path: str | Path, adapter: Adapter, *, base: Any = None, overwrite: bool = False) -> None:
+def save(
+    path: str | Path,
+    adapter: Adapter,
+    *,
+    base: Any = None,
+    overwrite: bool = False,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
     """Writes an adapter to a folder; the folder appears whole or not at all.
 
     Args:
@@ -41,9 +49,11 @@ def save(path: str | Path, adapter: Adapter, *, base: Any = None, overwrite: boo
         adapter: the adapter; each pool is written once.
         base: the parameters it was trained on; their fingerprint lets `load` refuse another base.
         overwrite: whether to replace an adapter that the folder holds.
+        extra: anything JSON-able to keep with it; `extra` reads it.
 
     Raises:
         FileExistsError: the folder holds something already.
+        CheckpointError: it cannot be written, for instance because the disk is full.
     """
     path = Path(path).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -54,7 +64,7 @@ def save(path: str | Path, adapter: Adapter, *, base: Any = None, overwrite: boo
                 raise FileExistsError(f"{path} holds files that are no adapter; choose another folder")
     with Checkpoints(path, keep=1, asynchronous=False) as checkpoints:
         newest = checkpoints.latest()
-        checkpoints.save(0 if newest is None else newest + 1, adapter, base=base)
+        checkpoints.save(0 if newest is None else newest + 1, adapter, base=base, extra=extra)
 
 
 def load(path: str | Path, *, base: Any = None, sharding: Sharding | None = None, shardings: Any = None) -> Adapter:
@@ -70,9 +80,7 @@ def load(path: str | Path, *, base: Any = None, sharding: Sharding | None = None
         CheckpointError: there is no adapter, it is damaged, it is of a newer format, or of another base.
     """
     with Checkpoints(path, read_only=True) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise CheckpointError(f"{Path(path).absolute()} holds no checkpoint of an adapter")
+        step = _newest(checkpoints)
         metadata = checkpoints.metadata(step)
         spec, sites = spec_from_dict(metadata["spec"]), Sites.from_dict(metadata["sites"])
         template = jax.eval_shape(partial(abstract, spec, sites))
@@ -85,6 +93,16 @@ def load(path: str | Path, *, base: Any = None, sharding: Sharding | None = None
         )
         adapter, _, _ = checkpoints.restore(step, template, base=base)
         return adapter
+
+
+def extra(path: str | Path) -> dict[str, Any]:
+    """What was kept with the adapter that `load` would read.
+
+    Raises:
+        CheckpointError: there is no adapter, or its metadata is damaged.
+    """
+    with Checkpoints(path, read_only=True) as checkpoints:
+        return checkpoints.metadata(_newest(checkpoints))["extra"]
 
 
 class Checkpoints:
@@ -124,33 +142,51 @@ class Checkpoints:
             "metadata": ocp.JsonCheckpointHandler(),
         }
         self._ocp = ocp
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=None if read_only else keep,
-                enable_async_checkpointing=asynchronous and not read_only,
-                read_only=read_only,
-                create=not read_only,
-            ),
-            item_handlers=items,
-        )
+        with contextlib.nullcontext() if read_only else self._writing():
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=None if read_only else keep,
+                    enable_async_checkpointing=asynchronous and not read_only,
+                    read_only=read_only,
+                    create=not read_only,
+                ),
+                item_handlers=items,
+            )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # If a process is gone, what the others wait for to complete a save will not happen.
-        if jax.process_count() == 1 or kind is None or not issubclass(kind, jax.errors.JaxRuntimeError):
-            self._manager.close()
+        if jax.process_count() > 1 and kind is not None and issubclass(kind, jax.errors.JaxRuntimeError):
+            return
+        try:
+            with self._writing():
+                self._manager.close()
+        except CheckpointError:
+            # A save that failed is reported once.
+            if kind is None or not issubclass(kind, CheckpointError):
+                raise
 
     def latest(self) -> int | None:
         """The newest complete step; None if there is none."""
-        self._manager.wait_until_finished()
+        self.wait()
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """All complete steps, the newest last."""
+        self.wait()
+        return sorted(self._manager.all_steps())
+
     def wait(self) -> None:
-        """Returns when every step that was saved is complete."""
-        self._manager.wait_until_finished()
+        """Returns when every step that was saved is complete.
+
+        Raises:
+            CheckpointError: one could not be written, for instance because the disk is full.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def save(
         self,
@@ -173,6 +209,9 @@ class Checkpoints:
             state: any further pytree of arrays: optimiser state, random keys.
             extra: anything JSON-able, such as the position in the data.
             metrics: numbers of this step, kept in the metadata.
+
+        Raises:
+            CheckpointError: this step, or the one before it, could not be written; those before that stay.
         """
         constants = jax.tree.map(lambda leaf: leaf.astype(saved_dtype(placing.whole(leaf))), adapter.constants)
         if base is not None:
@@ -197,7 +236,12 @@ class Checkpoints:
         }
         if state is not None:
             args["state"] = self._ocp.args.StandardSave(state)
-        self._manager.save(step, args=self._ocp.args.Composite(**args))
+        with self._writing():
+            if jax.process_index() == 0:
+                # Where Orbax cannot make a step's folder, its threads wait five minutes for it, and the exit for them.
+                (self.folder / ".writable").mkdir(exist_ok=True)
+                (self.folder / ".writable").rmdir()
+            self._manager.save(step, args=self._ocp.args.Composite(**args))
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What was noted with a step: spec, sites, fingerprint, arrays, extra, metrics."""
@@ -205,6 +249,8 @@ class Checkpoints:
             found = self._manager.restore(step, args=self._ocp.args.Composite(metadata=self._ocp.args.JsonRestore()))
             metadata = found["metadata"]
             digest, version = metadata.pop("sha256"), metadata["format"]
+        except jax.errors.JaxRuntimeError:  # a process is gone, or memory is used up; the files may be whole
+            raise
         except Exception as error:
             raise CheckpointError(f"{self._name(step)} has no readable metadata: {_first_line(error)}") from error
         if version > FORMAT:
@@ -270,6 +316,8 @@ class Checkpoints:
         try:
             args = self._ocp.args.Composite(**{item: self._ocp.args.StandardRestore(abstract)})
             restored = self._manager.restore(step, args=args)[item]
+        except jax.errors.JaxRuntimeError:
+            raise
         except Exception as error:
             raise CheckpointError(
                 f"{name}: {item} cannot be read, the files are damaged: {_first_line(error)}"
@@ -278,6 +326,20 @@ class Checkpoints:
             if saved[path]["sha256"] != _checksum(leaf):
                 raise CheckpointError(f"{name}: {item} {path} differs from its checksum, the files are damaged")
         return restored
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Names what keeps a step from being written."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:  # of the devices or the other processes, not of the files
+            raise
+        except Exception as error:
+            # What is being written has another name until it is complete.
+            complete = [int(path.name) for path in self.folder.glob("*") if path.name.isdigit()]
+            newest = f"the newest complete step is {max(complete)}" if complete else "no step is complete"
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+            raise CheckpointError(f"checkpoints in {self.folder} cannot be written: {reason}; {newest}") from error
 
     def _name(self, step: int) -> str:
         others = [other for other in self._manager.all_steps() if other != step]
@@ -312,6 +374,13 @@ def _arrays(base: Any) -> dict[str, Any]:
     return found
 
 
+def _newest(checkpoints: Checkpoints) -> int:
+    step = checkpoints.latest()
+    if step is None:
+        raise CheckpointError(f"{checkpoints.folder} holds no checkpoint of an adapter")
+    return step
+
+
 def _describe(tree: Any) -> dict[str, dict[str, Any]]:
     return {
         path: {"shape": list(jnp.shape(leaf)), "dtype": str(leaf.dtype), "sha256": _checksum(leaf)}
@@ -337,4 +406,6 @@ def _with_dtypes(tree: Any, dtypes: Mapping[str, np.dtype]) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    # After the reason, TensorStore writes down all of its settings.
+    text = str(error).split(" [tensorstore_spec=")[0].strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

@@ -222,4 +222,20 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(tmp_path) -> None:
 def test_an_unfinished_step_is_not_seen(tmp_path) -> None:
     jaxpeft.save(tmp_path / "run", adapter_of())
     shutil.copytree(tmp_path / "run" / "0", tmp_path / "run" / "1.orbax-checkpoint-tmp-12")
+    (tmp_path / "run" / ".writable").mkdir()  # of a process that was killed just then
     assert_equal(jaxpeft.load(tmp_path / "run"), adapter_of())
+    jaxpeft.save(tmp_path / "run", adapter_of(seed=1), overwrite=True)
+    assert_equal(jaxpeft.load(tmp_path / "run"), adapter_of(seed=1))
+
+
+def test_what_is_kept_with_an_adapter(tmp_path) -> None:
+    jaxpeft.save(tmp_path / "a", adapter_of(), extra={"tokenizer": "abc"})
+    assert jaxpeft.checkpoint.extra(tmp_path / "a") == {"tokenizer": "abc"}
+    with pytest.raises(jaxpeft.CheckpointError, match="holds no checkpoint"):
+        jaxpeft.checkpoint.extra(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(jaxpeft.CheckpointError, match="cannot be written: Not a directory; no step is complete"):
+        jaxpeft.save(tmp_path / "file" / "adapter", adapter_of())

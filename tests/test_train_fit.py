@@ -3,14 +3,9 @@
 import dataclasses
 import itertools
 import json
-import os
 import random
 import resource
 import signal
-import socket
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +14,8 @@ import optax
 import pytest
 import tiny
 from moved import moved
+from runs import CONFIG, Run
+from tensorboardX.proto.event_pb2 import Event
 
 import jaxpeft
 from jaxpeft.checkpoint import Checkpoints
@@ -26,17 +23,6 @@ from jaxpeft.models import loading
 from train import config as configuration
 from train import data, evaluate, job, loop, metrics, optim, report, run
 from train.__main__ import main
-
-CONFIG = """
-model: {name: MODEL}
-method: {name: mos, rank: 3, equivalent_rank: 2, private_rank: 1, shards_per_vector: 2, dropout: 0.1}
-sites: {select: [q_proj, down_proj]}
-data: {source: synthetic, held_out_rows: 12, max_length: 128, buckets: 1}
-optimizer: {learning_rate: 2e-2, schedule: cosine}
-train: {steps: 6, batch_size: 16, log_every: 2, evaluate_every: 3, evaluate_rows: 8, checkpoint_every: 2}
-evaluate: {batch_size: 8, choices: [rising, falling], exact_match: whole, exact_match_rows: 8, max_new_tokens: 4}
-output: {folder: FOLDER}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +81,19 @@ def test_every_step_has_one_record(finished):
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert [record["step"] for record in records if "held_out_loss" in record] == [3, 6]
     assert sum("compile_seconds" in record for record in records) == 1
+
+
+def test_tensorboard_shows_the_records(finished):
+    (path,) = (finished / "tensorboard").iterdir()
+    content, events = path.read_bytes(), []
+    while content:  # length, its checksum, an event, its checksum
+        size = int.from_bytes(content[:8], "little")
+        events.append(Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    assert events[0].file_version == "brain.Event:2"
+    losses = [(e.step, v.simple_value) for e in events for v in e.summary.value if v.tag == "loss"]
+    records = metrics.read(finished / "metrics.jsonl")
+    assert losses == [(record["step"], np.float32(record["loss"])) for record in records]
 
 
 def test_evaluate_generate_and_report_read_the_run(finished, capsys):
@@ -354,56 +353,6 @@ LONG = (
 )
 
 
-class Run:
-    """A run in processes of its own."""
-
-    def __init__(self, model, folder, cache, *overrides):
-        path = folder.parent / f"{folder.name}.yaml"
-        path.write_text(CONFIG.replace("MODEL", str(model)).replace("FOLDER", str(folder)))
-        self.folder = folder
-        self.command = [sys.executable, "-m", "train", "fit", str(path), *LONG, *overrides]
-        # Kills fall into training rather than into compilation when that is read from a cache.
-        self.environment = os.environ | {
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-
-    def start(self):
-        return subprocess.Popen(
-            self.command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-
-    def finish(self):
-        process = self.start()
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        return self
-
-    def steps(self):
-        path = self.folder / "metrics.jsonl"
-        return len(metrics.read(path)) if path.exists() else 0
-
-    def interrupt(self, number, after_steps, after_seconds=0.0):
-        """Sends a signal when so many steps are recorded; returns the exit code and stderr."""
-        process = self.start()
-        deadline = time.monotonic() + 120
-        while self.steps() < after_steps and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(after_seconds)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=120)
-        return process.returncode, errors
-
-    def result(self):
-        adapter = jaxpeft.load(self.folder / "adapter")
-        records = [
-            {name: value for name, value in record.items() if name not in ("seconds", "compile_seconds")}
-            for record in metrics.read(self.folder / "metrics.jsonl")
-        ]
-        return jax.tree.leaves(adapter), records
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
@@ -411,7 +360,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(model, cache, tmp_path_factory):
-    return Run(model, tmp_path_factory.mktemp("uninterrupted") / "run", cache).finish().result()
+    return Run(model, tmp_path_factory.mktemp("uninterrupted") / "run", cache, *LONG).finish().result()
 
 
 def assert_identical(found, expected):
@@ -423,7 +372,7 @@ def assert_identical(found, expected):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(model, cache, tmp_path, uninterrupted):
-    killed = Run(model, tmp_path / "run", cache)
+    killed = Run(model, tmp_path / "run", cache, *LONG)
     generator = random.Random(0)
     for _ in range(4):
         at = min(killed.steps() + generator.randint(1, 9), 39)
@@ -434,7 +383,7 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(model, cache, tmp
 
 @pytest.mark.slow
 def test_sigterm_finishes_the_step_and_saves_it(model, cache, tmp_path, uninterrupted):
-    stopped = Run(model, tmp_path / "run", cache)
+    stopped = Run(model, tmp_path / "run", cache, *LONG)
     code, errors = stopped.interrupt(signal.SIGTERM, 5)
     assert code == 143, errors
     step = stopped.steps()
@@ -457,30 +406,3 @@ def test_other_data_is_refused_on_resume(model, tmp_path):
     made = job.assemble(config)
     with pytest.raises(run.RunError, match="the training data or its tokens are not those of the checkpoint of step 2"):
         loop.train(made, folder, evaluate.Evaluator(made))
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(model, cache, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    settings = ("train.steps=4", "method.dropout=0.0")
-    one = Run(model, tmp_path / "one", cache, *settings).finish()
-    two = Run(model, tmp_path / "two", cache, *settings)
-    processes = []
-    for number in range(2):
-        two.environment |= {
-            "JAX_COORDINATOR_ADDRESS": address,
-            "JAX_NUM_PROCESSES": "2",
-            "JAX_PROCESS_ID": str(number),
-        }
-        processes.append(two.start())
-    for process in processes:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
-    expected, found = one.result(), two.result()
-    for a, b in zip(found[0], expected[0], strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-2, atol=1e-3)
-    assert [record["loss"] for record in found[1]] == pytest.approx(
-        [record["loss"] for record in expected[1]], rel=1e-3
-    )

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -31,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     console = Console(soft_wrap=True)
     # Remarks on ordinary things: an adapter is read without wanting to change its folder; PyTorch is not installed.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # And Orbax's threads print tracebacks of failed writes, which are raised, and named below, anyway.
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if hasattr(options, "prepare"):
         options.prepare(options)
@@ -294,8 +297,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _unraisable(unraisable: Any) -> None:
+    # TensorStore tells an event loop that is gone of writes that were given up.
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
 def _exit() -> None:
     """Runs the command, and leaves the other processes, if there are any, as `processes.leave` says."""
+    sys.unraisablehook = _unraisable
     try:
         code = main()
     except (KeyboardInterrupt, Exception):

@@ -45,7 +45,8 @@ def fit(config: Config, console: Console) -> Path:
     # Of the same few rows in the same batches: only then is the same adapter bound to give the identical number.
     rows = config.train.evaluate_rows
     expected = evaluator.loss(adapter, rows)
-    jaxpeft.save(folder / "adapter", adapter, base=made.base, overwrite=True)
+    extra = {"tokenizer": made.template.fingerprint}
+    jaxpeft.save(folder / "adapter", adapter, base=made.base, overwrite=True, extra=extra)
     found = evaluator.loss(trained(made, folder), rows)
     if found != expected:
         raise run.RunError(
@@ -99,11 +100,14 @@ def trained(subject: job.Subject, folder: Path) -> Adapter:
     """The adapter that a finished run saved.
 
     Raises:
-      RunError: the run is not finished.
+      RunError: the run is not finished, or its tokenizer was another.
+      CheckpointError: the adapter is damaged, or of another base.
     """
     if not (folder / "adapter").exists():
         raise run.RunError(f"{folder}: no trained adapter yet; the run is not finished, start it again to go on")
-    return jaxpeft.load(folder / "adapter", base=subject.base, shardings=subject.shardings)
+    adapter = jaxpeft.load(folder / "adapter", base=subject.base, shardings=subject.shardings)
+    run.check_tokenizer(folder / "adapter", jaxpeft.checkpoint.extra(folder / "adapter"), subject.template.fingerprint)
+    return adapter
 
 
 def show(console: Console, folder: Path) -> None:

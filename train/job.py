@@ -85,7 +85,14 @@ def subject(config: Config, weights: bool = True) -> Subject:
     )
     adapter_key, dropout_key = keys()
     adapter = _adapter(config, model, adapter_key, weights)
-    return Subject(mesh, model, model.params, adapter, dropout_key, Template(model.tokenizer, config.data.template))
+    return Subject(
+        mesh,
+        model,
+        model.params,
+        adapter,
+        dropout_key,
+        Template(model.tokenizer, config.data.template, embedded=model.config.vocab_size),
+    )
 
 
 def of_shapes(config: Config, mesh: Mesh) -> Subject:

@@ -12,12 +12,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxpeft.adapter import Adapter
-from jaxpeft.checkpoint import Checkpoints, fingerprint
+from jaxpeft.checkpoint import CheckpointError, Checkpoints, fingerprint
 from train import data, devices, optim
 from train.evaluate import Evaluator
 from train.job import Job
 from train.metrics import Metrics
-from train.run import RunError
+from train.run import RunError, check_tokenizer
 
 
 class Diverged(RuntimeError):
@@ -64,7 +64,8 @@ def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
     Raises:
       Diverged: at the first step whose loss or gradient is not finite; it is not saved.
       Stopped: after SIGTERM or Ctrl-C.
-      RunError: the checkpoint was written with other data.
+      RunError: the checkpoint was written with another tokenizer or other data, or metrics cannot be written.
+      CheckpointError: a checkpoint cannot be read or written.
     """
     config, steps = job.config.train, len(job.batches)
     schedule = optim.schedule(job.config.optimizer, steps)
@@ -83,7 +84,8 @@ def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
     with Checkpoints(folder / "checkpoints", keep=config.keep) as checkpoints:
         done = checkpoints.latest() or 0
         if done:
-            adapter, state, extra = checkpoints.restore(done, adapter, state, base=job.base)
+            adapter, state, extra = _newest(checkpoints, adapter, state, job.base)
+            check_tokenizer(checkpoints.folder / str(done), extra, job.template.fingerprint)
             if extra["data_fingerprint"] != data_fingerprint:
                 raise RunError(
                     f"{folder}: the training data or its tokens are not those of the checkpoint of step {done}"
@@ -118,7 +120,11 @@ def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
                 metrics.write(records)
                 if save:
                     metrics.flush()
-                    extra = {"data": batches.get_state(), "data_fingerprint": data_fingerprint}
+                    extra = {
+                        "data": batches.get_state(),
+                        "data_fingerprint": data_fingerprint,
+                        "tokenizer": job.template.fingerprint,
+                    }
                     checkpoints.save(
                         step,
                         adapter,
@@ -132,6 +138,27 @@ def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
                 pending = []
                 start, compiled = time.perf_counter(), step_function.seconds
     return adapter
+
+
+def _newest(checkpoints: Checkpoints, adapter: Adapter, state: Any, base: Any) -> tuple[Adapter, Any, dict[str, Any]]:
+    """Reads the newest step. It is not passed over if it is damaged: what to lose is for the user to say."""
+    *older, newest = checkpoints.steps()
+    try:
+        return checkpoints.restore(newest, adapter, state, base=base)
+    except CheckpointError as error:
+        good = next((step for step in reversed(older) if _readable(checkpoints, step, adapter, state, base)), None)
+        if good is None:
+            raise
+        damaged = checkpoints.folder / str(newest)
+        raise CheckpointError(f"{error}. Step {good} is whole: delete {damaged} to go on from there") from error
+
+
+def _readable(checkpoints: Checkpoints, step: int, adapter: Adapter, state: Any, base: Any) -> bool:
+    try:
+        checkpoints.restore(step, adapter, state, base=base)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _records(pending: list[tuple[int, dict[str, jax.Array]]], checkpoints: Checkpoints) -> list[dict[str, Any]]:

@@ -2,13 +2,18 @@
 
 import json
 import os
+import socket
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from train import run
 
@@ -23,6 +28,9 @@ class Metrics:
       folder: the run folder.
       done: steps that the checkpoint to go on from has seen; 0 for a new run.
       steps: steps of the whole run.
+
+    Raises:
+      RunError: here and in every method: the files cannot be written, for instance because the disk is full.
     """
 
     def __init__(self, folder: Path, done: int, steps: int):
@@ -40,11 +48,12 @@ class Metrics:
         self.task = self.progress.add_task("", total=steps, completed=done, loss=float("nan"), speed=0.0)
         self.steps = steps
         if self.writes:
-            path = folder / "metrics.jsonl"
-            kept = [record for record in read(path) if record["step"] <= done]
-            run.write(path, "".join(json.dumps(record) + "\n" for record in kept))
-            self.file = path.open("a", encoding="utf-8")
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+            self.path = folder / "metrics.jsonl"
+            kept = [record for record in read(self.path) if record["step"] <= done]
+            run.write(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            with run.writing(self.path):
+                self.file = self.path.open("a", encoding="utf-8")
+                self.board = _Board(folder / "tensorboard", done)
 
     def __enter__(self) -> "Metrics":
         self.progress.start()
@@ -53,9 +62,9 @@ class Metrics:
     def __exit__(self, *_: Any) -> None:
         self.progress.stop()
         if self.writes:
-            self.flush()
-            self.file.close()
-            self.board.close()
+            # Both are closed whatever the other says.
+            with run.writing(self.path), closing(self.board.records), self.file:
+                self.flush()
 
     def write(self, records: list[dict[str, float]]) -> None:
         """Appends the records of consecutive steps, each with `step`, `loss`, `tokens`, `seconds` and more."""
@@ -69,18 +78,34 @@ class Metrics:
             )
         if not self.writes:
             return
-        for record in records:
-            self.file.write(json.dumps(record, allow_nan=False) + "\n")
-            for name, value in record.items():
-                if name != "step":
-                    self.board.add_scalar(name, value, record["step"])
+        with run.writing(self.path):
+            for record in records:
+                self.file.write(json.dumps(record, allow_nan=False) + "\n")
+                for name, value in record.items():
+                    if name != "step":
+                        self.board.add(step=record["step"], summary=scalar(name, value))
 
     def flush(self) -> None:
         """Puts every record on disk."""
         if self.writes:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.board.flush()
+            with run.writing(self.path):
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.board.records.flush()
+
+
+class _Board:
+    """TensorBoard's file. tensorboardX writes it in a thread of its own, and hangs when the disk is full."""
+
+    def __init__(self, folder: Path, done: int):
+        folder.mkdir(exist_ok=True)
+        self.records = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.3f}.{socket.gethostname()}"))
+        self.add(file_version="brain.Event:2")
+        # TensorBoard forgets later steps of earlier files.
+        self.add(step=done + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, **fields: Any) -> None:
+        self.records.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
 
 def read(path: Path) -> list[dict[str, float]]:

@@ -17,6 +17,9 @@ _GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
+    "Gloo context initialization failed",
+    "Failed to send RPC to coordination service",
+    "Socket closed",
     "heartbeat timeout",
     "tasks are unhealthy",
 )

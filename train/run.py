@@ -13,7 +13,8 @@ A run folder holds
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def open_folder(config: Config) -> Path:
     if jax.process_index() > 0:
         return folder
     stored = folder / "config.yaml"
-    try:
+    with writing(folder):
         occupied = folder.is_dir() and any(folder.iterdir())
         if occupied and config.output.resume == "never":
             raise RunError(f"{folder}: not empty, and output.resume is never; choose another output.folder")
@@ -56,8 +57,6 @@ def open_folder(config: Config) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / ".writable", "")
         (folder / ".writable").unlink()
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from None
     return folder
 
 
@@ -83,18 +82,45 @@ def claim(folder: Path, config: Config, size: int) -> None:
         ) from None
 
 
+def check_tokenizer(path: Path, extra: Mapping[str, Any], found: str) -> None:
+    """Compares the tokenizer's fingerprint with what a checkpoint notes of the one it was trained with.
+
+    Raises:
+      RunError: it is another: the same text would reach the model as other tokens.
+    """
+    if (expected := extra.get("tokenizer", found)) != found:
+        raise RunError(
+            f"{path}: was trained with another tokenizer ({expected}) than the model's now ({found}); put the model's "
+            "own tokenizer files back, or train again in another output.folder"
+        )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names the file that cannot be written: a file that is open does not say so itself."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
 def write(path: Path, content: str | bytes) -> None:
-    """Writes a file so that a reader, or a run killed now, finds the old content or the new, never a part."""
+    """Writes a file so that a reader, or a run killed now, finds the old content or the new, never a part.
+
+    Raises:
+      RunError: it cannot be written.
+    """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

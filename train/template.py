@@ -1,6 +1,8 @@
 """How a conversation becomes tokens, and which of them are learned."""
 
 import functools
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +23,13 @@ PLAIN = (
 Messages = Sequence[Mapping[str, str]]
 
 
+PROBE = "The 12,345 naïve cafés — don't\nreturn x_1 != 0;\n\n  日本語 🙂"
+"""What tokenizers of one vocabulary, but of other merges or another normalisation, split differently. It has to stay as
+it is: with another text, runs of before would not be recognised."""
+
+
 class TemplateError(ValueError):
-    """A chat template with which the answer's tokens cannot be told from the prompt's."""
+    """A tokenizer that does not fit the model, or a chat template that does not tell answers from prompts."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +55,19 @@ class Template:
     Attributes:
       tokenizer: a fast Hugging Face tokenizer.
       kind: `chat` (the tokenizer's own chat template), `chatml` or `plain`.
+      embedded: how many tokens the model knows; None if that does not matter.
     """
 
     tokenizer: PreTrainedTokenizerBase
     kind: str = "chat"
+    embedded: int | None = None
 
     def __post_init__(self):
         if self.kind == "chat" and not self.tokenizer.chat_template:
             raise TemplateError("data.template: this tokenizer has no chat template; choose chatml or plain")
         if self.tokenizer.eos_token_id is None:
             raise TemplateError("the tokenizer has no end-of-sequence token, so answers would have no end to learn")
+        self._check([self.tokenizer.eos_token_id])
 
     def prompt(self, messages: Messages) -> np.ndarray:
         """The tokens of `messages` up to where the next answer begins, (n,) int32."""
@@ -110,6 +120,13 @@ class Template:
         return frozenset(self.tokenizer.all_special_ids)
 
     @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells the tokenizer from others: how many tokens it has, and a checksum of them and of some text's."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        content = json.dumps([vocabulary, self.tokenizer(PROBE, add_special_tokens=False).input_ids])
+        return f"{len(vocabulary)} tokens, checksum {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+    @functools.cached_property
     def _start(self) -> str:
         """The token that text begins with, where the tokenizer adds one by itself."""
         tokens = self.tokenizer("a").input_ids
@@ -122,7 +139,17 @@ class Template:
 
     def _tokens(self, text: str) -> list[int]:
         # Templates write every special token themselves.
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._check(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _check(self, tokens: list[int]) -> list[int]:
+        # Not the size of the vocabulary: some models' tokenizers have tokens that only their larger sisters know.
+        if self.embedded is not None and tokens and (largest := max(tokens)) >= self.embedded:
+            raise TemplateError(
+                f"token {largest}, {self.tokenizer.convert_ids_to_tokens(largest)!r}, is beyond the {self.embedded} "
+                f"tokens (0 to {self.embedded - 1}) that the model embeds: the tokenizer is another model's; use the "
+                "tokenizer's files that came with the weights"
+            )
+        return tokens
 
     def _render(self, messages: Messages, answer_next: bool = False) -> str:
         template = {"chat": None, "chatml": CHATML, "plain": PLAIN}[self.kind]
