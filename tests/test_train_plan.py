@@ -109,6 +109,22 @@ def test_configurations_train_what_their_header_says(path):
         assert count == int(stated[1].replace(",", ""))
 
 
+def test_remedies_are_tried_on_top_of_each_other(path, monkeypatch):
+    """Until one fits; the mesh changes as a whole, and what cannot be is left out."""
+    monkeypatch.setattr(plan._Step, "available", 1.0)
+    config = configuration.load(path, ["mesh.data=4", "mesh.fsdp=2", "model.remat=none", "train.batch_size=8"])
+    changes = [list(change) for change in plan._changes(config, topology.cpu(8))]
+    assert changes == [["model.remat"], ["mesh.data", "mesh.fsdp"], ["model.quantize"], ["data.max_length"]]
+    found = plan.plan(config, topology.cpu(8))
+    assert not found.fits
+    said = [change for change, peak, fits in found.remedies if peak and not fits]
+    assert said[:2] == ["model.remat=full", "model.remat=full mesh.data=1 mesh.fsdp=-1"]
+    assert said[-1].endswith("data.max_length=33")
+    # The model is 32 wide, and blocks are of 64.
+    assert not any("nf4" in change for change in said)
+    assert "too much" in plan.page(found)
+
+
 @needs_libtpu
 @pytest.mark.topology
 def test_a_tpu_slice(path):

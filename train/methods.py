@@ -43,7 +43,8 @@ def sites(name: str) -> jaxpeft.Sites:
         try:
             params = models.pretrained(name, dtype="float32", weights=False).params
         except ValueError as error:
-            raise ConfigError([f"--model: {error}"]) from None
+            known = ", ".join(models.ARCHITECTURES)
+            raise ConfigError([f"--model: {error}; by their shapes alone: {known}"]) from None
     return jaxpeft.find(params)
 
 

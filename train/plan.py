@@ -293,42 +293,42 @@ def _largest(text: str) -> tuple[Buffer, ...]:
 def _remedies(config: Config, machine: Topology) -> Iterator[tuple[str, int | None, bool]]:
     """(change, peak with it, whether it fits then), each on top of those before it, until one fits."""
     changes: dict[str, Any] = {}
-    for change, value in _changes(config, machine):
-        changes[change] = value
+    for change in _changes(config, machine):
+        together = changes | change
         changed = config
-        for path, new in changes.items():
+        for path, value in together.items():
             section, key = path.split(".")
-            changed = dataclasses.replace(
-                changed, **{section: dataclasses.replace(getattr(changed, section), **{key: new})}
-            )
-        said = " ".join(f"{path}={new}" for path, new in changes.items())
+            part = dataclasses.replace(getattr(changed, section), **{key: value})
+            changed = dataclasses.replace(changed, **{section: part})
+        said = " ".join(f"{path}={value}" for path, value in together.items())
         try:
             step = _Step(changed, machine)
             found = step.describe(step.compile(machine))
-        except OutOfMemory:
-            yield said, None, False
+        except ConfigError:  # For instance weights that blocks do not divide: not a remedy here.
             continue
-        yield said, found.peak_bytes, found.fits
-        if found.fits:
+        except OutOfMemory:
+            found = None
+        changes = together
+        yield said, found and found.peak_bytes, found is not None and found.fits
+        if found is not None and found.fits:
             return
 
 
-def _changes(config: Config, machine: Topology) -> Iterator[tuple[str, Any]]:
-    """What takes less memory, the cheapest first."""
+def _changes(config: Config, machine: Topology) -> Iterator[dict[str, Any]]:
+    """What takes less memory, the cheapest first. The loss needs no change: it is cut into pieces by itself."""
     if config.model.remat != "full":
-        yield "model.remat", "full"
+        yield {"model.remat": "full"}
     sizes = devices.sizes(config.mesh, len(machine.devices))
     rows = sizes["data"] * sizes["fsdp"]
     for parts in (2, 4, 8):
         accumulate = config.train.accumulate * parts
         if config.train.batch_size % (accumulate * rows) == 0:
-            yield "train.accumulate", accumulate
-    if config.model.quantize is None:
-        yield "model.quantize", "nf4"
+            yield {"train.accumulate": accumulate}
     if sizes["data"] > 1:
-        yield "mesh.data", 1
-        yield "mesh.fsdp", -1
-    yield "data.max_length", (config.data.max_length - 1) // 2 + 1
+        yield {"mesh.data": 1, "mesh.fsdp": -1}
+    if config.model.quantize is None:
+        yield {"model.quantize": "nf4"}
+    yield {"data.max_length": (config.data.max_length - 1) // 2 + 1}
 
 
 def rows(found: Sequence[Plan]) -> str:
