@@ -30,8 +30,8 @@ def test_tinylora(tied, weight_tying) -> None:
             proj = f"base_model.model.layers.{layer}.proj"
             ours = {"A": frozen["a"][layer], "B": frozen["b"][layer].T, "P": frozen["p"][layer]}
             for name in "AB":
-                # A singular vector's sign is free, so the projections of PEFT's own would be of other signs. Two SVDs in
-                # float32: where singular values lie 2 % apart, each is up to 2e-5 from that in float64.
+                # A singular vector's sign is free, so the projections of PEFT's own would be of other signs. And these
+                # are two SVDs in float32: where singular values lie 2 % apart, each is up to 2e-5 from that in float64.
                 theirs = state[f"{proj}.tinylora_{name}.default"]
                 np.testing.assert_allclose(np.abs(ours[name]), np.abs(theirs), atol=4e-5)
             wanted |= {f"{proj}.tinylora_{name}.default": leaf for name, leaf in ours.items()}
