@@ -12,7 +12,7 @@ import tiny
 
 from jaxpeft import models
 from train import config as configuration
-from train import job, plan, topology
+from train import job, plan, plan_text, topology
 from train.__main__ import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -122,7 +122,7 @@ def test_remedies_are_tried_on_top_of_each_other(path, monkeypatch):
     assert said[-1].endswith("data.max_length=33")
     # The model is 32 wide, and blocks are of 64.
     assert not any("nf4" in change for change in said)
-    assert "too much" in plan.page(found)
+    assert "too much" in plan_text.page(found)
 
 
 @needs_libtpu
@@ -153,6 +153,6 @@ def test_out_of_memory_is_an_answer():
     assert last[2]
     assert last[1] < found.hbm_bytes
     assert not any(fits for _, _, fits in failed)
-    text = plan.page(found)
+    text = plan_text.page(found)
     assert "does not fit" in text
     assert f"{last[0]}: fits, peak" in text

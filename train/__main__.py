@@ -164,7 +164,7 @@ def _simulate(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace, console: Console) -> None:
     import json
 
-    from train import config, plan, topology
+    from train import config, plan, plan_text, topology
 
     parsed = config.load(options.config, options.overrides)
     if options.cpu and options.topology:
@@ -184,7 +184,7 @@ def _plan(options: argparse.Namespace, console: Console) -> None:
         described = [one.to_dict() for one in found]
         print(json.dumps(described[0] if len(described) == 1 else described, indent=2))
     else:
-        shown = plan.rows(found) if options.methods or len(found) > 1 else plan.page(found[0])
+        shown = plan_text.rows(found) if options.methods or len(found) > 1 else plan_text.page(found[0])
         console.print(shown, markup=False, highlight=False, no_wrap=True, crop=False)
 
 
