@@ -7,7 +7,6 @@ and metadata: format version, spec, sites, the fingerprint of the base, and a ch
 import contextlib
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,9 +19,9 @@ from jax.sharding import Sharding
 
 from jaxpeft import sharding as placing
 from jaxpeft.adapter import Adapter, abstract
-from jaxpeft.blocks import is_quantized
+from jaxpeft.fingerprint import fingerprint
 from jaxpeft.methods import spec_from_dict
-from jaxpeft.sites import Sites, flatten, paths_and_leaves
+from jaxpeft.sites import Sites, paths_and_leaves
 from jaxpeft.spec import method_of
 from jaxpeft.summary import saved_dtype
 
@@ -344,34 +343,6 @@ class Checkpoints:
     def _name(self, step: int) -> str:
         others = [other for other in self._manager.all_steps() if other != step]
         return f"checkpoint {self.folder / str(step)}" + (f" (other steps there: {others})" if others else "")
-
-
-def fingerprint(base: Any) -> str:
-    """A short digest of base parameters: their paths and shapes, and up to 64 values of each array.
-
-    The values are compared as bfloat16, so the same weights in float32 and bfloat16 have one fingerprint. Of a weight
-    in few bits they are its codes and scales, so a quantized base has another fingerprint than the floats it came from.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in sorted(_arrays(base).items()):
-        digest.update(f"{path}{tuple(leaf.shape)}".encode())
-        picks = np.unique(np.linspace(0, math.prod(leaf.shape) - 1, 64).astype(np.int64))
-        values = leaf[np.unravel_index(picks, leaf.shape)] if leaf.shape else leaf
-        digest.update(placing.whole(values).astype(jnp.bfloat16).tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _arrays(base: Any) -> dict[str, Any]:
-    """`flatten`, with every array of a weight in few bits under the name of its kind."""
-    found: dict[str, Any] = {}
-    for path, leaf in flatten(base).items():
-        if not is_quantized(leaf):
-            found[path] = leaf
-            continue
-        for name, array in vars(leaf).items():
-            if isinstance(array, jax.Array | np.ndarray):
-                found[f"{path}/{leaf.kind}/{name}"] = array
-    return found
 
 
 def _newest(checkpoints: Checkpoints) -> int:

@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft
-from jaxpeft.checkpoint import Checkpoints, fingerprint
+from jaxpeft.checkpoint import Checkpoints
+from jaxpeft.fingerprint import fingerprint
 from jaxpeft.methods import lora, mos
 
 BASE = {"layers": [{"up": {"kernel": jax.random.normal(jax.random.key(i), (16, 8))}} for i in range(4)]}

@@ -12,7 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxpeft.adapter import Adapter
-from jaxpeft.checkpoint import CheckpointError, Checkpoints, fingerprint
+from jaxpeft.checkpoint import CheckpointError, Checkpoints
+from jaxpeft.fingerprint import fingerprint
 from train import data, devices, optim
 from train.evaluate import Evaluator
 from train.job import Job
