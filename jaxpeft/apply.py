@@ -63,7 +63,7 @@ def adapt(fn: Callable, *, shardings: Any = None) -> Callable:
             function that merges an NNX module from its state. It is not changed, and the base is not copied.
         shardings: on a mesh, how the base lies on it: a tree of `NamedSharding` like the base, from
             `jaxpeft.sharding.of(base)` or the rules it was placed by. The factors then lie as the kernels do, and their
-            gradients are summed once over the mesh axis ``data``. Not needed where the mesh's axes are explicit.
+            gradients are summed once over the axes that split the batch alone. Not needed where axes are explicit.
 
     Returns:
         ``forward(base, adapter, *args, dropout_key=None, **kwargs)``, which returns what ``fn`` returns for the base
@@ -233,7 +233,7 @@ def _with_dropout(update: Update, keys: Array, spec: Spec, path: str) -> Update:
     if isinstance(update, PerShard) and (isinstance(update.update, Decomposed | Block) or spec.dropout_on == "factors"):
         # Factors drop the same on every shard; of what is dropped inside the update each shard draws its own.
         shards = jax.tree.leaves(update)[0].shape[keys.ndim]
-        own = jax.vmap(lambda shard: _folded(keys, 0 if spec.dropout_on == "factors" else shard), out_axes=-1)
+        own = jax.vmap(lambda shard: keys if spec.dropout_on == "factors" else _folded(keys, shard), out_axes=-1)
         inner = _with_dropout(update.update, own(jnp.arange(shards)), spec, path)
         return dataclasses.replace(update, update=inner)
     if isinstance(update, Decomposed | Block):

@@ -87,10 +87,7 @@ def load(path: str | Path, *, base: Any = None, sharding: Sharding | None = None
         places = jax.tree.map(lambda leaf: where, template)
         if shardings is not None:
             places = placing.adapter(template, shardings)
-        template = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), template, places
-        )
-        adapter, _, _ = checkpoints.restore(step, template, base=base)
+        adapter, _, _ = checkpoints.restore(step, placing.shapes(template, places), base=base)
         return adapter
 
 

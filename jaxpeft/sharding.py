@@ -154,6 +154,11 @@ def like(tree: Any, params: Any, shardings: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), found)
 
 
+def shapes(tree: Any, shardings: Any) -> Any:
+    """The shapes of a tree as `jax.ShapeDtypeStruct`, laid out as a tree of shardings says; without memory."""
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, shardings)
+
+
 def whole(leaf: Any) -> np.ndarray:
     """The values of an array, on every process, also where its parts lie on several; all of them must ask."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

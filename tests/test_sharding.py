@@ -184,8 +184,7 @@ def test_dropout_drops_the_same_on_every_mesh(switches):
     found = jax.jit(step(jaxpeft.adapt(model.apply, shardings=placed), adapter, dropout_key=key))(*arguments)
     still = jax.jit(step(jaxpeft.adapt(model.apply, shardings=placed), adapter))(*arguments)
     assert abs(float(still[0] - found[0])) > 1e-4
-    if switches.get("dropout_on") != "factors":
-        assert_close(found, expected)
+    assert_close(found, expected)
 
 
 def test_dropout_inside_dora_draws_for_every_shard():

@@ -10,12 +10,11 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.sharding import Mesh as DeviceMesh
 
+from jaxpeft.sharding import BATCH
 from train.config import ConfigError, Mesh
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 """From the slowest links to the fastest: neighbours along the last axis are neighbouring devices."""
-ROWS = ("data", "fsdp")
-"""The mesh axes that split a batch by its sequences."""
 
 
 def sizes(config: Mesh, devices: int) -> dict[str, int]:
@@ -52,25 +51,15 @@ def everywhere(mesh: DeviceMesh) -> NamedSharding:
 
 def of_batch(mesh: DeviceMesh, shape: Sequence[int]) -> NamedSharding:
     """An array (sequences, …, length) split by sequences and, where the mesh splits those too, along them."""
-    entries: list[Any] = [ROWS, *[None] * (len(shape) - 1)]
+    entries: list[Any] = [BATCH, *[None] * (len(shape) - 1)]
     if len(shape) > 1 and shape[-1] % mesh.shape["sequence"] == 0:
         entries[-1] = "sequence"
     return NamedSharding(mesh, PartitionSpec(*entries))
 
 
-def replicate(tree: Any, mesh: DeviceMesh) -> Any:
-    """The whole tree on every device."""
-    return jax.device_put(tree, everywhere(mesh))
-
-
-def shapes(tree: Any, shardings: Any) -> Any:
-    """The shapes of a tree, laid out, without memory."""
-    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
-
-
 def whole_batches(size: int, mesh: DeviceMesh) -> int:
     """The size rounded up to a multiple of the devices that a batch is split over."""
-    parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    parts = math.prod(mesh.shape[axis] for axis in BATCH)
     return -(-size // parts) * parts
 
 

@@ -4,13 +4,12 @@ import math
 from pathlib import Path
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import jaxpeft
 from jaxpeft.adapter import Adapter
-from train import data, devices, job, loop, optim, report, run
+from train import devices, job, loop, optim, report, run
 from train.config import Config
 from train.evaluate import Evaluator
 
@@ -72,18 +71,10 @@ def dry_run(config: Config, console: Console) -> None:
     made = job.assemble(config, weights=False)
     console.print(str(made.adapter.sites), str(jaxpeft.summary(made.adapter)), *made.notes, sep="\n\n", markup=False)
     optimizer = optim.optimizer(config.optimizer, len(made.batches), config.method)
-    opt_state = devices.shapes(
-        jax.eval_shape(optimizer.init, made.adapter.params), optim.state_shardings(optimizer, made)
-    )
-    longest = max(made.batches, key=lambda batch: batch.length)
-    shape = (config.train.batch_size, longest.length)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, array.dtype, sharding=devices.of_batch(made.mesh, shape))
-        for name, array in data.collate(longest, made.examples, made.packed).items()
-    }
+    longest = max(batch.length for batch in made.batches)
+    shapes = optim.argument_shapes(config, optimizer, made, (config.train.batch_size, longest))
     # What the compiler itself says, for the longest batch.
-    step = optim.compiled_step(config, optimizer, made)
-    memory = step.lower(made.adapter, opt_state, made.base, batch, made.key, np.int32(1)).compile().memory_analysis()
+    memory = optim.compiled_step(config, optimizer, made).lower(*shapes).compile().memory_analysis()
     base = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(made.base)
     )

@@ -133,7 +133,7 @@ def _adapter(config: Config, model: models.LanguageModel, key: Any, weights: boo
         stored = jaxpeft.sharding.adapter(shapes, jaxpeft.sharding.of(model.params))
         if weights:
             return jax.jit(make, out_shardings=stored)(key, model.params)
-        return devices.shapes(shapes, stored)
+        return jaxpeft.sharding.shapes(shapes, stored)
     except ValueError as error:  # hyper-parameters that are valid, but not for these weights
         raise ConfigError([f"method: {error}"]) from None
 
@@ -158,7 +158,7 @@ def sites(config: Config, params: Any) -> jaxpeft.Sites:
 
 def check_batch(config: Config, mesh: Mapping[str, int]) -> None:
     """Raises ConfigError unless the batch can be split over a mesh of these sizes."""
-    parts = math.prod(mesh[axis] for axis in devices.ROWS)
+    parts = math.prod(mesh[axis] for axis in devices.BATCH)
     at_a_time = config.train.batch_size // config.train.accumulate
     if at_a_time % parts:
         raise ConfigError(

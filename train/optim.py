@@ -118,6 +118,22 @@ def compiled_step(
     )
 
 
+def argument_shapes(
+    config: Config, optimizer: optax.GradientTransformation, subject: Subject, shape: tuple[int, int]
+) -> tuple:
+    """The shapes of what `compiled_step` takes for a batch of (sequences, length), where they lie."""
+    state = jax.eval_shape(optimizer.init, subject.adapter.params)
+    packed = ("positions", "segment_ids") if config.data.batching == "pack" else ()
+    kinds = dict.fromkeys(("tokens", "targets", *packed), jnp.int32) | {"weights": jnp.float32}
+    at = devices.of_batch(subject.mesh, shape)
+    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=at) for name, kind in kinds.items()}
+    whole = devices.everywhere(subject.mesh)
+    key = jax.ShapeDtypeStruct((), subject.key.dtype, sharding=whole)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    state = jaxpeft.sharding.shapes(state, state_shardings(optimizer, subject))
+    return subject.adapter, state, subject.base, batch, key, step
+
+
 def split(batch: dict[str, jax.Array], parts: int) -> dict[str, jax.Array]:
     """(B, …) -> (parts, B/parts, …). Part i takes rows i, i + parts, …, so every device keeps its own rows."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)

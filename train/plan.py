@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import jaxpeft
 from jaxpeft.methods import METHODS, TYPICAL
@@ -110,9 +108,9 @@ def plan(config: Config, machine: Topology, *, remedies: bool = True) -> Plan:
     """
     step = _Step(config, machine)
     try:
-        program = step.compile(machine)
+        program = step.compile()
     except OutOfMemory as error:
-        found = _with_room(config, machine, error)
+        found = _with_room(step, error)
     else:
         found = step.describe(program)
     if remedies and not found.fits:
@@ -141,26 +139,14 @@ class _Step:
         self.mesh = topology.mesh(machine, sizes)
         self.subject = job.of_shapes(config, self.mesh)
         optimizer = optim.optimizer(config.optimizer, 1000, config.method)
-        state = jax.eval_shape(optimizer.init, self.subject.adapter.params)
-        state = devices.shapes(state, optim.state_shardings(optimizer, self.subject))
         multiple = math.lcm(data.MULTIPLE, sizes["sequence"])
         self.batch = (config.train.batch_size, -(-(config.data.max_length - 1) // multiple) * multiple)
-        whole = devices.everywhere(self.mesh)
-        packed = ("positions", "segment_ids") if config.data.batching == "pack" else ()
-        kinds = dict.fromkeys(("tokens", "targets", *packed), jnp.int32) | {"weights": jnp.float32}
-        batch = {
-            name: jax.ShapeDtypeStruct(self.batch, kind, sharding=devices.of_batch(self.mesh, self.batch))
-            for name, kind in kinds.items()
-        }
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        number = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-        self.arguments = (self.subject.adapter, state, self.subject.base, batch, key, number)
+        self.arguments = optim.argument_shapes(config, optimizer, self.subject, self.batch)
         self.step = optim.compiled_step(config, optimizer, self.subject)
 
-    def compile(self, machine: Topology) -> topology.Program:
+    def compile(self) -> topology.Program:
         with jax.set_mesh(self.mesh):
-            return topology.compile(self.step.jitted, *self.arguments, topology=machine)
+            return topology.compile(self.step.jitted, *self.arguments, topology=self.machine)
 
     def describe(self, program: topology.Program) -> Plan:
         memory, text = program.compiled.memory_analysis(), program.compiled.as_text()
@@ -225,20 +211,20 @@ class _Step:
         )
 
 
-def _with_room(config: Config, machine: Topology, error: OutOfMemory) -> Plan:
+def _with_room(asked: _Step, error: OutOfMemory) -> Plan:
     """The plan of a step that does not fit, seen on as many devices with more memory."""
-    asked, needed = _Step(config, machine), int(error.used)
-    for roomy in _roomier(machine):
-        step = _Step(config, roomy)
+    needed = int(error.used)
+    for roomy in _roomier(asked.machine):
+        step = _Step(asked.config, roomy)
         try:
-            seen = step.describe(step.compile(roomy))
+            seen = step.describe(step.compile())
         except OutOfMemory as again:
             error = again
             continue
         terms = asked.terms(seen.flops, seen.memory_bytes, seen.ici_bytes)
         return dataclasses.replace(
             seen,
-            topology=machine.name,
+            topology=asked.machine.name,
             seen_on=roomy.name,
             fits=False,
             peak_bytes=max(seen.peak_bytes, needed),
@@ -301,7 +287,7 @@ def _remedies(config: Config, machine: Topology) -> Iterator[tuple[str, int | No
         said = " ".join(f"{path}={value}" for path, value in together.items())
         try:
             step = _Step(changed, machine)
-            found = step.describe(step.compile(machine))
+            found = step.describe(step.compile())
         except ConfigError:  # For instance weights that blocks do not divide: not a remedy here.
             continue
         except OutOfMemory:

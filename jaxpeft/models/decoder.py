@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxpeft.models.config import Config
+from jaxpeft.sharding import BATCH
 
 # What attends: (queries (B, S, N, H), keys (B, T, K, H), values (B, T, K, H)) -> (B, S, N, H).
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -24,7 +25,7 @@ _POLICIES = {
 }
 
 
-LOGICAL_AXES = {"batch": ("data", "fsdp"), "length": ("sequence",), "heads": ("tensor",), "features": ("tensor",)}
+LOGICAL_AXES = {"batch": BATCH, "length": ("sequence",), "heads": ("tensor",), "features": ("tensor",)}
 """Which mesh axes split an axis of the activations, where the context has a mesh (`jax.set_mesh`) of automatic axes."""
 
 

@@ -85,9 +85,7 @@ def shapes(config: Config, *, mesh: Mesh | None = None, rules: Rules | None = No
     params = abstract(config)
     if mesh is not None:
         placed = sharding.from_rules(params, mesh, DEFAULT_RULES if rules is None else rules, strict=rules is not None)
-        params = jax.tree.map(
-            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), params, placed
-        )
+        params = sharding.shapes(params, placed)
     return LanguageModel(config, params, source=source)
 
 
