@@ -31,7 +31,8 @@ WAYS = {
 def test_one_adapter_of_weight_one_is_itself(name) -> None:
     adapter, base = trained(name), model().params
     assert jaxpeft.combine([adapter], [1])[0] is adapter
-    for how, more in WAYS.items():
+    for how in WAYS if name in ("mos", "surm", "ia3", "mixed") else ("svd",):
+        more = WAYS[how]
         alone, _ = jaxpeft.combine([adapter], [1], how=how, base=base, **more)
         assert_same_update(alone, adapter, 1e-4, base)
 
