@@ -40,6 +40,10 @@ SETTINGS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p
 """What a task may say of its generation; its other names for `max_gen_toks` count as that."""
 
 
+class RequestError(ValueError):
+    """A request that does not fit the model, or a setting of generation that is not in `SETTINGS`."""
+
+
 class HarnessLM(TemplateLM):
     """A language model with adapters, as the harness asks it.
 
@@ -61,8 +65,8 @@ class HarnessLM(TemplateLM):
 
     Raises:
       ImportError: the harness is not installed; says how to.
-      ValueError: a model without a tokenizer; later, a request that does not fit the model, or asks for a setting of
-        generation that is not in `SETTINGS`.
+      ValueError: a model without a tokenizer, or a batch of no rows.
+      RequestError: later, of a request.
 
     Example::
 
@@ -165,7 +169,7 @@ class HarnessLM(TemplateLM):
             special = False
         found = self.tokenizer.encode(string, **({} if special is None else {"add_special_tokens": special}))
         if (largest := max(found, default=0)) >= self.model.config.vocab_size:
-            raise ValueError(
+            raise RequestError(
                 f"token {largest}, {self.tokenizer.convert_ids_to_tokens(largest)!r}, is beyond the "
                 f"{self.model.config.vocab_size} tokens that the model embeds: the tokenizer is another model's"
             )
@@ -177,7 +181,7 @@ class HarnessLM(TemplateLM):
         served = defaultdict(list)
         for number, (_strings, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length or not context:
-                raise ValueError(
+                raise RequestError(
                     f"expected a context and a continuation of 1 to {self.max_length} tokens, found {len(context)} and "
                     f"{len(continuation)}: {_strings}"
                 )
@@ -245,16 +249,22 @@ class HarnessLM(TemplateLM):
         """`until`, `max_gen_toks` and `sampling` of what a task says of its generation."""
         settings: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
         if unknown := sorted(set(settings) - set(SETTINGS)):
-            raise ValueError(f"generation_kwargs: {', '.join(unknown)} not supported; supported: {', '.join(SETTINGS)}")
+            raise RequestError(
+                f"generation_kwargs: {', '.join(unknown)} not supported; supported: {', '.join(SETTINGS)}"
+            )
         if not 0 < settings["max_gen_toks"] < self.max_length:
             found, limit = settings["max_gen_toks"], self.max_length
-            raise ValueError(f"max_gen_toks={found}: expected at least 1 and less than the model's length of {limit}")
+            raise RequestError(f"max_gen_toks={found}: expected at least 1 and less than the model's length of {limit}")
         temperature = settings.get("temperature", 0.0)
         limits = {name: settings.get(name) for name in ("top_k", "top_p")} if temperature else {}
+        try:
+            sampling = Sampling(temperature=temperature, **limits)
+        except ValueError as error:
+            raise RequestError(f"generation_kwargs: {error}") from None
         return {
             "until": handle_stop_sequences(settings["until"], eos=self.tokenizer.decode(self.eot_token_id)),
             "max_gen_toks": settings["max_gen_toks"],
-            "sampling": Sampling(temperature=temperature, **limits),
+            "sampling": sampling,
         }
 
     def _answers(
