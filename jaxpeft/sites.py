@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxpeft.blocks import is_quantized
 from jaxpeft.layout import sizes
-from jaxpeft.table import table
+from jaxpeft.table import html_table, table
 
 Selection = str | Sequence[str] | Callable[[str, Any], bool]
 
@@ -95,11 +95,18 @@ class Sites:
         return sum(group.layers * group.in_dim * group.out_dim for group in self)
 
     def __str__(self) -> str:
+        rows, total = self._table()
+        return "\n".join([*table(rows), total])
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[list[tuple[str, ...]], str]:
         rows = [("group", "layers", "in", "out", "layout", "shape")]
         for g in self:
             shape = "x".join(map(str, g.shape))
             rows.append((g.name, str(g.layers), str(g.in_dim), str(g.out_dim), g.layout, shape))
-        return "\n".join([*table(rows), f"{sum(g.layers for g in self)} weights, {self.size:,} base parameters"])
+        return rows, f"{sum(g.layers for g in self)} weights, {self.size:,} base parameters"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description, read back by `from_dict`."""
