@@ -21,6 +21,8 @@ from jaxpeft.sites import flatten, paths_and_leaves
 
 # Written by older versions of transformers, and computed from the configuration here.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|attn\.bias$")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder with one of them has a tokenizer."""
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -227,6 +229,6 @@ def _eos_ids(config: dict[str, Any]) -> tuple[int, ...]:
 def _read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise FileNotFoundError(f"{folder}: no tokenizer.json; pass tokenizer=False to load the weights alone")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
