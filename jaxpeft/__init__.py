@@ -6,6 +6,7 @@ from jaxpeft.apply import MaterializeWarning, adapt, explain
 from jaxpeft.budget import Budget, fit_budget
 from jaxpeft.checkpoint import CheckpointError, load, save
 from jaxpeft.diagnose import diagnose
+from jaxpeft.hf import from_peft, to_peft
 from jaxpeft.merge import merge, merge_with_report
 from jaxpeft.rates import labels, scale_rates
 from jaxpeft.rite import rite
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "find",
     "fit_budget",
+    "from_peft",
     "init",
     "labels",
     "load",
@@ -40,4 +42,5 @@ __all__ = [
     "scale_rates",
     "sharding",
     "summary",
+    "to_peft",
 ]
