@@ -14,11 +14,12 @@ test: .venv/test  ## every method and every module, under 15 minutes on two core
 slow: .venv/test  ## the rest: every variant of every method in every style of model, runs that are killed and resumed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
-check: .venv/dev  ## format, lint, types, doctests; warnings are errors
+check: .venv/dev  ## format, lint, types, doctests, documents; warnings are errors
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest --doctest-modules jaxpeft train
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 parity: .venv/parity  ## the tests that ask torch and PEFT for the expected values
 	$(BIN)/python -m pytest -m parity
@@ -39,4 +40,4 @@ newest: .venv-newest/test  ## the library's tests on a newer Python, with the ne
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest runs
+	rm -rf .venv .venv-newest build runs

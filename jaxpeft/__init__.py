@@ -5,6 +5,8 @@ from jaxpeft.adapter import Adapter, count, delta, init
 from jaxpeft.apply import MaterializeWarning, adapt, explain
 from jaxpeft.budget import Budget, fit_budget
 from jaxpeft.checkpoint import CheckpointError, load, save
+from jaxpeft.combine import combine
+from jaxpeft.convert import to_lora
 from jaxpeft.diagnose import diagnose
 from jaxpeft.hf import from_peft, to_peft
 from jaxpeft.merge import merge, merge_with_report
@@ -22,6 +24,7 @@ __all__ = [
     "adapt",
     "allocate",
     "checkpoint",
+    "combine",
     "count",
     "delta",
     "diagnose",
@@ -42,5 +45,6 @@ __all__ = [
     "scale_rates",
     "sharding",
     "summary",
+    "to_lora",
     "to_peft",
 ]

@@ -96,11 +96,13 @@ class Run:
                 assert code == 0, errors
         return self
 
-    def reach(self, steps, count=None):
-        """Waits until so many steps are recorded, or what `count` counts, or the run is over."""
-        count, deadline = count or Run.steps, time.monotonic() + 120
+    def reach(self, steps, count=None, seconds=None):
+        """Waits until so many steps are recorded, or what `count` counts, or the run is over, or for some seconds."""
+        count, deadline = count or Run.steps, time.monotonic() + (120 if seconds is None else seconds)
         while count(self) < steps and all(process.poll() is None for process in self.processes):
-            assert time.monotonic() < deadline, f"{count(self)} of {steps} steps after two minutes"
+            if time.monotonic() > deadline:
+                assert seconds is not None, f"{count(self)} of {steps} steps after two minutes"
+                return
             time.sleep(0.01)
 
     def interrupt(self, number, after_steps, after_seconds=0.0):

@@ -96,6 +96,6 @@ def test_the_pages_are_those_of_the_docstrings(name) -> None:
     assert page.read_text(encoding="utf-8") == methods.page(name), "run: python -m train methods --pages docs/methods"
 
 
-def test_the_readme_names_every_method() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in METHODS if f"[`{name}`](docs/methods/{name}.md)" not in readme] == []
+def test_the_table_of_methods_names_every_one() -> None:
+    page = (ROOT / "docs" / "methods" / "index.md").read_text(encoding="utf-8")
+    assert [name for name in METHODS if f"[`{name}`]({name}.md)" not in page] == []

@@ -111,7 +111,7 @@ def pages(folder: Path) -> None:
     """Writes every method's page, and takes away those of methods that are gone."""
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.md"):
-        if stale.stem not in METHODS:
+        if stale.stem not in (*METHODS, "index"):
             stale.unlink()
     for name in METHODS:
         (folder / f"{name}.md").write_text(page(name), encoding="utf-8")
