@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
+import jax
+
 from jaxpeft.combine import How
 from jaxpeft.models.shards import DTYPES
 
@@ -24,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")  # files pass through the host; its memory is the larger
     try:
         found, text = options.command(options)
     except (ValueError, OSError) as error:
@@ -206,8 +210,8 @@ def _parser() -> argparse.ArgumentParser:
         "Compare what two adapters do to the weights, of the same method or of two.",
         "runs/one runs/two --tolerance 1e-3",
     )
-    diff.add_argument("a", **adapter | {"metavar": "A"})
-    diff.add_argument("b", **adapter | {"metavar": "B"})
+    diff.add_argument("a", metavar="A", help=adapter["help"])
+    diff.add_argument("b", metavar="B", help="another, likewise")
     diff.add_argument(
         "--tolerance", type=float, default=1e-6, metavar="F", help="most ‖ΔA - ΔB‖ / ‖ΔA‖ (default %(default)s)"
     )

@@ -118,7 +118,7 @@ def _text(found: dict[str, Any]) -> str:
         text += [
             f"only in {name.upper()}: {group} ({count} weights)" for group, count in found[f"only_in_{name}"].items()
         ]
-    text += [f"spec {name}: {a!r} in A, {b!r} in B" for name, (a, b) in found["spec"].items()]
+    text += [f"spec {name}: {a!r} in A, {b!r} in B" for name, (a, b) in found["spec"].items() if None not in (a, b)]
     if None not in found["base"] and found["base"][0] != found["base"][1]:
         text.append(f"base: {found['base'][0]} in A, {found['base'][1]} in B")
     text.append(f"{'same' if found['same'] else 'different'} within {found['tolerance']:g}")

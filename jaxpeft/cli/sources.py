@@ -55,6 +55,14 @@ def find(path: str | Path) -> Source:
     )
 
 
+def find_adapter(path: str | Path) -> Source:
+    """`find`, and a ValueError if a model lies there."""
+    source = find(path)
+    if source.kind == "model":
+        raise ValueError(f"{source.path} is a model; expected an adapter")
+    return source
+
+
 def adapter(path: str | Path, params: Any = None) -> Adapter:
     """The adapter at a path.
 
@@ -65,9 +73,7 @@ def adapter(path: str | Path, params: Any = None) -> Adapter:
     Raises:
         ValueError: a model lies there; PEFT's files without `params`; an adapter of another base.
     """
-    source = find(path)
-    if source.kind == "model":
-        raise ValueError(f"{source.path} is a model; expected an adapter")
+    source = find_adapter(path)
     if source.adapter is not None:
         return jaxpeft.load(source.adapter, base=params)
     if params is None:
@@ -78,7 +84,7 @@ def adapter(path: str | Path, params: Any = None) -> Adapter:
 
 def fingerprint(path: str | Path) -> str | None:
     """The fingerprint of the base that an adapter was saved with; None if it was not noted."""
-    source = find(path)
+    source = find_adapter(path)
     return None if source.adapter is None else checkpoint.metadata(source.adapter)["base"]
 
 

@@ -8,8 +8,10 @@ import jax
 
 import jaxpeft
 from jaxpeft import models
+from jaxpeft.adapter import Adapter
 from jaxpeft.cli import sources
 from jaxpeft.models.saving import check_free
+from jaxpeft.spec import name_of
 
 DRAWING = ("dare_linear", "dare_ties", "lego")
 """Ways of `jaxpeft.combine` that need a random key."""
@@ -28,7 +30,7 @@ def merge(
 ) -> Result:
     """Writes a model with an adapter merged in; see `jaxpeft.models.save`."""
     check_free(Path(out), overwrite)
-    sources.find(adapter)  # what is no adapter should show before the model is read
+    sources.find_adapter(adapter)  # what is no adapter shows before the model is read
     base = sources.model(model)
     own = sources.adapter(adapter, base.params)
     models.save(out, base, own, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
@@ -56,7 +58,7 @@ def convert(
         raise ValueError(f"--dtype and --base-model are of PEFT's files; they have no effect on --to {to}")
     if to == "peft" and not (base_model or model):
         raise ValueError("PEFT's files name their base: pass --model, or --base-model for the name alone")
-    sources.find(adapter)
+    sources.find_adapter(adapter)
     params = sources.params(model)
     own = sources.adapter(adapter, params)
     if to == "peft":
@@ -71,12 +73,17 @@ def convert(
             overwrite=overwrite,
         )
         return {"folder": out, "to": to, "report": str(report)}, f"{out}: {report}"
-    said = f"{jaxpeft.count(own):,} trained parameters"
+    said = ""
     if to == "lora":
         own, report = jaxpeft.to_lora(own, rank=rank, energy=energy, base=params)
         said = str(report)
     jaxpeft.save(out, own, base=params, base_fingerprint=sources.fingerprint(adapter), overwrite=overwrite)
-    return {"folder": out, "to": to, "spec": own.spec.to_dict(), "report": said}, f"{out}: {own.spec}\n{said}"
+    return {
+        "folder": out,
+        "to": to,
+        "spec": own.spec.to_dict(),
+        "report": said,
+    }, f"{out}: {name_of(own.spec)}.{own.spec}\n{said}"
 
 
 def combine(
@@ -115,4 +122,8 @@ def combine(
         base=params,
     )
     jaxpeft.save(out, made, base=params, base_fingerprint=next(iter(bases.values()), None), overwrite=overwrite)
-    return {"folder": out, "spec": made.spec.to_dict(), "report": str(report)}, f"{out}: {made.spec}\n{report}"
+    return {
+        "folder": out,
+        "spec": made.spec.to_dict(),
+        "report": str(report),
+    }, f"{out}: {name_of(made.spec)}.{made.spec}\n{report}"
