@@ -19,6 +19,9 @@ from jaxpeft.methods import full
 from jaxpeft.sites import Group, Sites, flatten
 from jaxpeft.updates import Decomposed, Update
 
+_PEFT = "0.21.0"
+"""The version whose files these are."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -117,13 +120,13 @@ def to_peft(
         check_base(adapter.sites, leaves)
     modules = Modules(leaves or [path for group in adapter.sites for path in group.paths], names)
     _check_tied(adapter.sites, modules, leaves)
-    written, method, how, errors = _form(adapter, modules, base, rank, energy)
-    adapted, whole = _split(written)
-    if not adapted:
+    if rank is None and energy is None and not _split(adapter)[0]:
         raise ValueError(
             "PEFT needs at least one adapted module, and here every weight is trained whole; pass rank= or energy= to "
             "write the nearest LoRA, or save the merged model (jaxpeft.merge)"
         )
+    written, method, how, errors = _form(adapter, modules, base, rank, energy)
+    adapted, whole = _split(written)
     fields = settings.fields(written, adapted, method, modules)
     assert fields is not None  # or _form had not chosen it
     layouts = {re.escape(path): group.layout for group in adapter.sites for path in group.paths}
@@ -138,6 +141,7 @@ def to_peft(
     others = [name for name in targets if not any(name in names for names in apart)]
     config: dict[str, Any] = {
         "peft_type": method.peft_type,
+        "peft_version": _PEFT,
         "task_type": task_type,
         "base_model_name_or_path": str(base_model),
         "inference_mode": True,

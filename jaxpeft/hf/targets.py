@@ -58,6 +58,9 @@ def method_of(config: Mapping[str, Any], folder: Path) -> native.Format:
             f"init_lora_weights={start!r}: it changed the base weights in a way that the file does not hold; save it "
             "in PEFT with path_initial_model_for_weight_conversion, which makes it an ordinary LoRA"
         )
+    bias = config.get("bias", "none")
+    if str(bias).lower() not in ("none", "all", method.bias_only):
+        refused.append(f"bias={bias!r} (only 'none', 'all' and {method.bias_only!r})")
     if refused:
         raise ValueError(f"{folder}: {method.peft_type} with settings that are not supported: {'; '.join(refused)}")
     return method
@@ -120,6 +123,4 @@ def is_trained_whole(
     bias = config.get("bias", "none")
     if leaf != "bias" or bias == "none":
         return False
-    if bias not in ("all", method.bias_only) and str(bias).lower() != method.bias_only:
-        raise ValueError(f"bias={bias!r}: expected 'none', 'all' or {method.bias_only!r}")
     return bias == "all" or adapted is not False
