@@ -212,7 +212,7 @@ def test_names(tmp_path) -> None:
     assert_same_update(jaxpeft.from_peft(tmp_path / "a", MODEL.params, names=mapping.get), adapter)
     with pytest.raises(ValueError, match=r"tensors of transformer\.h\.0\.mlp\.c_fc, which is no module of the base"):
         jaxpeft.from_peft(tmp_path / "a", MODEL.params)
-    with pytest.raises(ValueError, match="1 axes, but its torch name 'up' has 0 places"):
+    with pytest.raises(ValueError, match="1 axes, but the torch name 'up' has 0 places"):
         jaxpeft.to_peft(tmp_path / "b", adapter, base_model="m", names={"layers/up/kernel": "up"})
 
 

@@ -91,7 +91,7 @@ def logits_of_ours(lm, adapter):
 
 def assert_equal(found, expected, plain, tolerance=1e-4) -> None:
     """The same logits, and other ones than the base model's."""
-    assert np.abs(expected - plain).max() > 1e-2
+    assert np.abs(expected - plain).max() > 100 * tolerance
     np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0)
 
 
@@ -332,11 +332,13 @@ def test_smollm2_both_ways(tmp_path) -> None:
     plain = torch_model(folder)
     with torch.no_grad():
         unadapted = plain(torch.tensor(tokens)).logits.numpy()
+    # Two float32 implementations of 30 layers: a few units in the last place of the largest logit.
+    tolerance = 1e-5 * float(np.abs(unadapted).max())
     logits = jax.jit(jaxpeft.adapt(lm.logits))
     model = peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval()
     with torch.no_grad():
         theirs = model(torch.tensor(tokens)).logits.numpy()
-    assert_equal(logits(lm.params, adapter, tokens), theirs, unadapted)
+    assert_equal(logits(lm.params, adapter, tokens), theirs, unadapted, tolerance)
 
     settings = {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]}
     model = peft.get_peft_model(model.unload(), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
@@ -349,4 +351,4 @@ def test_smollm2_both_ways(tmp_path) -> None:
     with torch.no_grad():
         theirs = model(torch.tensor(tokens)).logits.numpy()
     adapter = jaxpeft.from_peft(tmp_path / "theirs", lm.params)
-    assert_equal(logits(lm.params, adapter, tokens), theirs, unadapted)
+    assert_equal(logits(lm.params, adapter, tokens), theirs, unadapted, tolerance)
