@@ -216,6 +216,30 @@ def test_names(tmp_path) -> None:
         jaxpeft.to_peft(tmp_path / "b", adapter, base_model="m", names={"layers/up/kernel": "up"})
 
 
+def test_a_stack_without_a_name(tmp_path) -> None:
+    params = {"experts": {"w": jnp.ones((3, 12, 6))}}
+    adapter = jaxpeft.init(jax.random.key(0), lora.Spec(rank=2), jaxpeft.find(params, ".*", layouts={".*": "lio"}))
+    with pytest.raises(ValueError, match=r"experts/w go\? Pass names="):
+        jaxpeft.to_peft(tmp_path / "a", adapter, base_model="m")
+
+
+def test_starts_are_computed_again(tmp_path) -> None:
+    """PEFT's PiSSA files change the base as they load; the base here stays, and the start is a constant."""
+    adapter = adapter_of(lora.Spec(rank=3))
+    jaxpeft.to_peft(tmp_path / "a", adapter, base_model="m")
+    change(tmp_path / "a", init_lora_weights="pissa")
+    found = jaxpeft.from_peft(tmp_path / "a", MODEL.params)
+    assert found.spec.start == "pissa"
+    at_start = jaxpeft.init(jax.random.key(0), found.spec, found.sites, MODEL.params)
+    for group, leaves in at_start.params.items():
+        start = jnp.einsum("lri,lro->lio", leaves["a"], leaves["b"]) * at_start.constants[group]["scale"][:, None, None]
+        expected = (jaxpeft.delta(adapter)[group].reshape(start.shape) - start).reshape(found.sites[group].shape)
+        np.testing.assert_allclose(jaxpeft.delta(found)[group], expected, atol=1e-4)
+    change(tmp_path / "a", alpha_pattern={"1.up": 3})
+    with pytest.raises(ValueError, match="layers have different settings"):
+        jaxpeft.from_peft(tmp_path / "a", MODEL.params)
+
+
 def test_a_head_and_a_norm(tmp_path) -> None:
     overrides = {r"embed/embedding|layers/norm/scale": full.Spec()}
     adapter = adapter_of(
@@ -356,6 +380,8 @@ def test_what_peft_cannot_say(spec, selection, message, tmp_path) -> None:
         ({"use_dora": True}, r"missing: base_model\.model\.layers\.0\.down\.lora_magnitude_vector"),
         ({"modules_to_save": ["embed"]}, r"missing: base_model\.model\.embed\.weight"),
         ({"bias": "all"}, None),
+        ({"r": "3"}, "the config's fields of all modules are no LORA"),
+        ({"r": 0}, "rank=0, expected at least 1"),
         ({"bias": "some"}, "bias='some' .only 'none', 'all' and 'lora_only'"),
     ],
 )

@@ -13,7 +13,10 @@ from jaxpeft.sites import Group, flatten, layouts_of
 
 Names = Mapping[str, str] | Callable[[str], str]
 
-_DECODER = re.compile(r"embed/embedding|norm/scale|lm_head/kernel|layers/(self_attn|mlp|\w+_norm)/.+")
+_DECODER = re.compile(
+    r"embed/embedding|norm/scale|lm_head/kernel|layers/"
+    r"(self_attn/([qkvo]_proj|[qk]_norm)|mlp/(gate|up|down)_proj|(input|post_attention)_norm)/(kernel|bias|scale)"
+)
 _LEAVES = ("kernel", "embedding", "scale", "weight", "bias")
 _STACKS = ("layers", "blocks", "layer", "block", "h")
 
@@ -46,7 +49,7 @@ class Modules:
         self.decoder = all(_DECODER.fullmatch(path) for path in paths)
 
     def template(self, path: str, stack_axes: int) -> str | None:
-        """The torch module of an array, with ``{}`` for each axis that stacks layers; None if it has no name by default.
+        """The torch module of an array, with ``{}`` for each axis that stacks layers; None if there is no default.
 
         Raises:
             ValueError: a name that was given has not as many ``{}`` as there are such axes.
@@ -61,7 +64,7 @@ class Modules:
                     f"{given.count('{}')} places '{{}}' for their numbers"
                 )
             return given
-        if self.decoder:
+        if self.decoder and stack_axes == path.startswith("layers/"):
             from jaxpeft.models.loading import hf_name  # It brings Flax, which the rest does not need.
 
             return hf_name(path).rpartition(".")[0]

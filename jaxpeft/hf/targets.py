@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxpeft.hf import native
 from jaxpeft.sites import ALL_LINEAR, HEADS
-from jaxpeft.spec import nearest
+from jaxpeft.spec import Spec, nearest
 
 _COMMON = (
     "auto_mapping",
@@ -77,6 +77,20 @@ def fields_of(config: Mapping[str, Any], method: native.Format, module: str) -> 
     for listing, of in method.listed.items():
         fields[of] = _names(config.get(listing) or [], module)
     return fields
+
+
+def spec_of(config: Mapping[str, Any], method: native.Format, module: str) -> Spec:
+    """The spec of one module.
+
+    Raises:
+        ValueError: a value of the config is of another type, or out of range.
+    """
+    try:
+        return method.spec(fields_of(config, method, module))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the config's fields of {module or 'all modules'} are no {method.peft_type}: {error}"
+        ) from None
 
 
 def _names(names: str | Sequence[str], module: str) -> bool:
