@@ -144,6 +144,34 @@ def test_alpha_is_what_the_adapter_has(tmp_path) -> None:
     assert_same_update(jaxpeft.from_peft(tmp_path / "a", MODEL.params), adapter)
 
 
+def test_numbers_that_a_dtype_cannot_hold(tmp_path) -> None:
+    adapter = adapter_of(lora.Spec(rank=3))
+    huge = adapter.replace(params=jax.tree.map(lambda leaf: leaf * 1e6, adapter.params))
+    with pytest.raises(ValueError, match=r"lora_A\.weight has values up to .*, which float16 cannot hold"):
+        jaxpeft.to_peft(tmp_path / "a", huge, base_model="m", dtype="float16")
+    broken = adapter.replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, adapter.params))
+    with pytest.raises(ValueError, match="values up to nan"):
+        jaxpeft.to_peft(tmp_path / "a", broken, base_model="m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_scales_that_are_no_alpha(tmp_path) -> None:
+    """A negated update, as of a combination with a negative weight."""
+    adapter = adapter_of(lora.Spec(rank=3))
+    negated = {name: {**own, "scale": -own["scale"]} for name, own in adapter.constants.items()}
+    adapter = adapter.replace(constants=negated)
+    jaxpeft.to_peft(tmp_path / "a", adapter, base_model="m")
+    assert_same_update(jaxpeft.from_peft(tmp_path / "a", MODEL.params), adapter)
+
+
+def test_dora_on_an_embedding(tmp_path) -> None:
+    adapter = adapter_of(lora.Spec(rank=3, dora=True), selection="embed/embedding|.*/up/kernel")
+    with pytest.raises(ValueError, match="DoRA on an embedding is not written; pass rank="):
+        jaxpeft.to_peft(tmp_path / "a", adapter, base_model="m", base=MODEL.params)
+    jaxpeft.to_peft(tmp_path / "a", adapter, base_model="m", base=MODEL.params, rank=12)
+    assert_same_update(jaxpeft.from_peft(tmp_path / "a", MODEL.params), adapter)
+
+
 def test_ranks_within_a_group(tmp_path) -> None:
     """Layers of other ranks and alphas; those of the smaller rank stay of that rank under training."""
     adapter = written(tmp_path / "a", lora.Spec(rank=4, alpha=8))

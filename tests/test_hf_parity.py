@@ -342,7 +342,7 @@ def test_smollm2_both_ways(tmp_path) -> None:
 
     settings = {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]}
     model = peft.get_peft_model(model.unload(), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(2):
         optimizer.zero_grad()
         model(torch.tensor(tokens), labels=torch.tensor(tokens)).loss.backward()
