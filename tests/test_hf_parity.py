@@ -1,5 +1,7 @@
 """Adapters cross over to Hugging Face PEFT and back with the same logits."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +91,7 @@ def logits_of_ours(lm, adapter):
 
 def assert_equal(found, expected, plain, tolerance=1e-4) -> None:
     """The same logits, and other ones than the base model's."""
-    assert np.abs(expected - plain).max() > 1e-2
+    assert np.abs(expected - plain).max() > 100 * tolerance
     np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0)
 
 
@@ -148,7 +150,11 @@ FROM_US = {
 }
 
 
-@pytest.mark.filterwarnings(*QUIET)
+# PEFT 0.21 asks for RandLoRA's shared bases once for every module, though one copy serves them all.
+COPIES = r"ignore:Found missing adapter keys while loading the checkpoint. \['base_model.*randlora_A.default"
+
+
+@pytest.mark.filterwarnings(*QUIET, COPIES)
 @pytest.mark.parametrize(("spec", "selection", "kind"), FROM_US.values(), ids=FROM_US.keys())
 def test_ours_in_peft(spec, selection, kind, folder, lm, tmp_path) -> None:
     sites = jaxpeft.find(lm.params, selection)
@@ -220,7 +226,7 @@ FROM_PEFT = {
 }
 
 
-@pytest.mark.filterwarnings(*QUIET)
+@pytest.mark.filterwarnings(*QUIET, COPIES)
 @pytest.mark.parametrize(("config", "fields"), FROM_PEFT.values(), ids=FROM_PEFT.keys())
 def test_theirs_in_jax(config, fields, folder, lm, tmp_path) -> None:
     torch.manual_seed(0)
@@ -235,3 +241,114 @@ def test_theirs_in_jax(config, fields, folder, lm, tmp_path) -> None:
     assert jaxpeft.count(adapter) == trainable or padded
     jaxpeft.to_peft(tmp_path / "b", adapter, base_model=str(folder), base=lm.params)
     assert_equal(logits_of_peft(folder, tmp_path / "b"), expected, lm.logits(lm.params, TOKENS))
+
+
+@pytest.mark.filterwarnings(*QUIET)
+def test_conv1d(tmp_path) -> None:
+    """GPT-2's layers, (in, out) in torch and (out, in) in Flax: the merged weights agree, both ways."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=12, n_layer=2, n_head=2)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    config.save_pretrained(tmp_path)
+    blocks = {}
+    for name, weight in model.state_dict().items():
+        if "c_fc" in name or "c_attn" in name:
+            *path, leaf = name.split(".")
+            node = blocks
+            for step in path:
+                node = node.setdefault(step, {})
+            node["kernel" if leaf == "weight" else leaf] = jnp.asarray(weight.numpy().T)
+    layouts = {".*kernel": "oi"}
+    sites = jaxpeft.find(blocks, ".*(c_fc|c_attn)/kernel", layouts=layouts)
+    adapter = jaxpeft.init(jax.random.key(0), lora.Spec(rank=3, dora=True), sites, blocks)
+    adapter = moved(adapter, 0.1)
+    jaxpeft.to_peft(tmp_path / "a", adapter, base_model=str(tmp_path), base=blocks)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "a")
+    theirs.save_pretrained(tmp_path / "b")
+    merged = theirs.merge_and_unload().state_dict()
+    for back in (adapter, jaxpeft.from_peft(tmp_path / "b", blocks, layouts=layouts)):
+        for path, leaf in jaxpeft.sites.flatten(jaxpeft.merge(blocks, back)).items():
+            name = path.replace("/", ".").replace(".kernel", ".weight")
+            np.testing.assert_allclose(leaf.T, merged[name].numpy(), atol=1e-5, err_msg=path)
+
+
+@pytest.mark.filterwarnings(*QUIET)
+def test_a_tied_embedding_is_refused(tmp_path) -> None:
+    """PEFT changes torch's embedding and not the head that is tied to it; ours is one array."""
+    config = models.Config(
+        vocab_size=40, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4
+    )
+    params = models.random(config, jax.random.key(0)).params
+    adapter = jaxpeft.init(jax.random.key(0), lora.Spec(rank=3), jaxpeft.find(params, "embed/embedding"))
+    jaxpeft.to_peft(tmp_path / "a", adapter, base_model="m", base=params)
+    tied = {name: tree for name, tree in params.items() if name != "lm_head"}
+    with pytest.raises(ValueError, match="head is tied"):
+        jaxpeft.from_peft(tmp_path / "a", tied)
+    with pytest.raises(ValueError, match="head is tied"):
+        jaxpeft.to_peft(tmp_path / "b", adapter, base_model="m", base=tied)
+    with pytest.raises(ValueError, match="pass base="):
+        jaxpeft.to_peft(tmp_path / "b", adapter, base_model="m")
+
+
+def batch_of(lm):
+    text = [
+        "The capital of France is Paris. The Seine runs through it.",
+        "Water boils at 100 degrees Celsius, and at less on a mountain.",
+    ]
+    lists = [lm.tokenizer(line)["input_ids"][:12] for line in text]
+    assert {len(ids) for ids in lists} == {12}
+    return np.array(lists)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(*QUIET)
+def test_smollm2_both_ways(tmp_path) -> None:
+    """Some steps of training here, the same logits there; and some steps there, the same logits here."""
+    try:
+        lm = models.pretrained("smollm2-135m-instruct")
+    except ConnectionError as error:
+        pytest.skip(f"SmolLM2 is neither cached nor to be had: {error}")
+    pretrained = importlib.import_module("jaxpeft.models.pretrained")  # `models.pretrained` is the function.
+    package = pretrained.PACKAGED[lm.source]
+    folder = pretrained._cache(None) / f"{lm.source}-{package.member_sha256[:12]}"
+    tokens = batch_of(lm)
+    spec = mos.Spec(rank=8, equivalent_rank=2, private_rank=1, shards_per_vector=4)
+    adapter = jaxpeft.init(jax.random.key(0), spec, jaxpeft.find(lm.params))
+    forward = jaxpeft.adapt(lm.token_losses)
+
+    @jax.jit
+    def step(params, base):
+        gradients = jax.grad(lambda p: forward(base, adapter.replace(params=p), tokens[:, :-1], tokens[:, 1:]).mean())(
+            params
+        )
+        return jax.tree.map(lambda leaf, gradient: leaf - 0.01 * jnp.sign(gradient), params, gradients)
+
+    params = adapter.params
+    for _ in range(3):
+        params = step(params, lm.params)
+    adapter = adapter.replace(params=params)
+    report = jaxpeft.to_peft(tmp_path / "ours", adapter, base_model=str(folder), base=lm.params)
+    assert (report.how, len(report.modules)) == ("lossless", 210)
+    plain = torch_model(folder)
+    with torch.no_grad():
+        unadapted = plain(torch.tensor(tokens)).logits.numpy()
+    # Two float32 implementations of 30 layers: a few units in the last place of the largest logit.
+    tolerance = 1e-5 * float(np.abs(unadapted).max())
+    logits = jax.jit(jaxpeft.adapt(lm.logits))
+    model = peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval()
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    assert_equal(logits(lm.params, adapter, tokens), theirs, unadapted, tolerance)
+
+    settings = {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    model = peft.get_peft_model(model.unload(), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.tensor(tokens), labels=torch.tensor(tokens)).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    adapter = jaxpeft.from_peft(tmp_path / "theirs", lm.params)
+    assert_equal(logits(lm.params, adapter, tokens), theirs, unadapted, tolerance)

@@ -19,6 +19,9 @@ from jaxpeft.methods import full
 from jaxpeft.sites import Group, Sites, flatten
 from jaxpeft.updates import Decomposed, Update
 
+_PEFT = "0.21.0"
+"""The version whose files these are."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -117,15 +120,17 @@ def to_peft(
         check_base(adapter.sites, leaves)
     modules = Modules(leaves or [path for group in adapter.sites for path in group.paths], names)
     _check_tied(adapter.sites, modules, leaves)
-    written, method, how, errors = _form(adapter, modules, base, rank, energy)
-    adapted, whole = _split(written)
-    if not adapted:
+    if rank is None and energy is None and not _split(adapter)[0]:
         raise ValueError(
             "PEFT needs at least one adapted module, and here every weight is trained whole; pass rank= or energy= to "
             "write the nearest LoRA, or save the merged model (jaxpeft.merge)"
         )
+    written, method, how, errors = _form(adapter, modules, base, rank, energy)
+    adapted, whole = _split(written)
     fields = settings.fields(written, adapted, method, modules)
     assert fields is not None  # or _form had not chosen it
+    if fields.get("use_dora") and (embeddings := [group.name for group in adapted if is_embedding(group.paths[0])]):
+        raise ValueError(f"{embeddings[0]}: DoRA on an embedding is not written; pass rank= for the nearest LoRA")
     layouts = {re.escape(path): group.layout for group in adapter.sites for path in group.paths}
     places = {} if base is None else modules.of_tree(base, layouts)
     targets = [name.rpartition(".")[0] for group in adapted for name in modules.of_group(group)]
@@ -138,6 +143,7 @@ def to_peft(
     others = [name for name in targets if not any(name in names for names in apart)]
     config: dict[str, Any] = {
         "peft_type": method.peft_type,
+        "peft_version": _PEFT,
         "task_type": task_type,
         "base_model_name_or_path": str(base_model),
         "inference_mode": True,
@@ -150,7 +156,7 @@ def to_peft(
         config["bias"] = bias
     if any(is_conv1d(group.paths[0], group.layout) for group in adapted):
         config["fan_in_fan_out"] = True
-    arrays = {name: np.asarray(array).astype(kind) for name, array in (arrays | replaced).items()}
+    arrays = {name: _cast(name, np.asarray(array), kind) for name, array in (arrays | replaced).items()}
     report = Report(
         method.peft_type,
         how,
@@ -168,6 +174,16 @@ def _dtype(name: str | None) -> Any:
     if (name or "float32") not in known:
         raise ValueError(f"dtype={name!r}: expected one of {', '.join(known)}")
     return np.dtype(known[name or "float32"])
+
+
+def _cast(name: str, array: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """An array in the file's dtype; ValueError if it has or gets values that are no numbers."""
+    largest = np.abs(array).max()
+    if not np.isfinite(largest) or largest > float(jnp.finfo(kind).max):
+        raise ValueError(
+            f"{name} has values up to {largest}, which {kind} cannot hold; pass another dtype=, or check it"
+        )
+    return array.astype(kind)
 
 
 def _check_tied(sites: Sites, modules: Modules, leaves: Mapping[str, Any] | None) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,29 +28,20 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndar
     from safetensors.numpy import save_file
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    made, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    made.mkdir()
     try:
         # save_file writes the buffer as it lies, so it must lie in order.
         ordered = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         save_file(ordered, made / WEIGHTS, metadata={"format": "pt"})
         (made / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (made / CARD).write_text(card, encoding="utf-8")
-        made.chmod(0o777 & ~_umask())
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            os.replace(folder, old / folder.name)
-            os.replace(made, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(made, folder)
+            os.replace(folder, old)
+        os.replace(made, folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(made, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -89,10 +89,10 @@ def from_peft(
     file = _sorted(tensors, config, method, places, params)
     if file.problems:
         raise _error(folder, file.problems)
-    _check_tied(file, config, modules, params)
+    _check_tied(file, modules, params)
     sites = _sites(file, places, params, layouts)
     specs = {
-        group.name: [method.spec(targets.fields_of(config, method, _module(name))) for name in modules.of_group(group)]
+        group.name: [targets.spec_of(config, method, _module(name)) for name in modules.of_group(group)]
         for group in sites[0]
     }
     if problems := _wrong(file, method, sites[0], specs, modules):
@@ -118,7 +118,7 @@ def _sorted(
 ) -> _File:
     """Every tensor in its place, and what is missing or has none."""
     file, leaves, kinds = _File(), flatten(params), {}
-    for tensor in method.tensors(method.spec(targets.fields_of(config, method, ""))):
+    for tensor in method.tensors(targets.spec_of(config, method, "")):
         kinds |= {tensor.name: tensor.name} | ({tensor.embedding: tensor.name} if tensor.embedding else {})
     copies = {}
     for key, array in tensors.items():
@@ -140,7 +140,7 @@ def _sorted(
             elif targets.is_trained_whole(config, method, parameter):
                 file.whole[parameter] = array
             elif not np.array_equal(own, array):
-                file.problems.append(f"unexpected: {key}, a base weight that is not this base's")
+                file.problems.append(f"unexpected: {key}, a weight of another base (save_embedding_layers=False)")
         else:
             file.problems.append(f"unexpected: {key} {array.shape}")
     for key, (copy, array) in copies.items():
@@ -162,7 +162,7 @@ def _sorted(
     return file
 
 
-def _check_tied(file: _File, config: Mapping[str, Any], modules: Modules, params: Any) -> None:
+def _check_tied(file: _File, modules: Modules, params: Any) -> None:
     """Refuses an embedding of a tied decoder: ours is one array, of which PEFT changes one use."""
     embedded = {name for name in (*file.adapted, *map(_module, file.whole)) if name == "model.embed_tokens"}
     if modules.decoder and embedded and "lm_head/kernel" not in flatten(params):
@@ -206,15 +206,17 @@ def _wrong(
     file: _File, method: native.Format, sites: Sites, specs: Mapping[str, Sequence[Any]], modules: Modules
 ) -> list[str]:
     """Tensors of a module that are missing or of another shape than its spec says."""
-    problems = []
+    problems, known = [], {}
     for group in sites:
         vector = is_embedding(group.paths[0])
         for name, spec in zip(modules.of_group(group), specs[group.name], strict=True):
             if vector and (method is not native.LORA or spec.dora):
                 problems.append(f"{_module(name)} is an embedding, on which only LoRA without DoRA is read")
                 continue
-            alone = Group(group.name, group.paths[:1], (group.in_dim, group.out_dim), "io")
-            shapes = jax.eval_shape(lambda spec=spec, alone=alone: _leaves(spec, alone))
+            key = spec, group.in_dim, group.out_dim
+            if key not in known:
+                known[key] = jax.eval_shape(lambda key=key: _leaves(*key))
+            shapes = known[key]
             found = file.adapted[_module(name)]
             for tensor in method.tensors(spec):
                 if tensor.leaf not in shapes:
@@ -232,10 +234,10 @@ def _wrong(
     return problems
 
 
-def _leaves(spec: Spec, group: Group) -> dict[str, Any]:
+def _leaves(spec: Spec, in_dim: int, out_dim: int) -> dict[str, Any]:
     """The trained arrays of one weight."""
-    zeros = {group.paths[0]: jnp.zeros(group.shape)}
-    return init(jax.random.key(0), spec, Sites((group,)), zeros).params[group.name]
+    zeros = {"w": jnp.zeros((in_dim, out_dim))}
+    return init(jax.random.key(0), spec, Sites((Group("w", ("w",), (in_dim, out_dim), "io"),)), zeros).params["w"]
 
 
 def _filled(
@@ -296,6 +298,8 @@ def _part(group: Group, specs: Sequence[Any], method: native.Format) -> Any:
     """
     largest = max(specs, key=lambda spec: getattr(spec, "rank", 0))
     others = [spec for spec in specs if spec != largest]
+    if largest.start != "method":  # Then the scale is in the start.
+        others = [spec for spec in specs if (spec, spec.alpha) != (largest, largest.alpha)]
     if others and (method is not native.LORA or largest.start != "method"):
         raise ValueError(f"{group.name}: its layers have different settings, {largest} and {others[0]}")
     return largest

@@ -13,7 +13,10 @@ from jaxpeft.sites import Group, flatten, layouts_of
 
 Names = Mapping[str, str] | Callable[[str], str]
 
-_DECODER = re.compile(r"embed/embedding|norm/scale|lm_head/kernel|layers/(self_attn|mlp|\w+_norm)/.+")
+_DECODER = re.compile(
+    r"embed/embedding|norm/scale|lm_head/kernel|layers/"
+    r"(self_attn/([qkvo]_proj|[qk]_norm)|mlp/(gate|up|down)_proj|(input|post_attention)_norm)/(kernel|bias|scale)"
+)
 _LEAVES = ("kernel", "embedding", "scale", "weight", "bias")
 _STACKS = ("layers", "blocks", "layer", "block", "h")
 
@@ -45,35 +48,42 @@ class Modules:
         self.names = names
         self.decoder = all(_DECODER.fullmatch(path) for path in paths)
 
-    def template(self, path: str, stack_axes: int) -> str:
-        """The torch module of an array, with ``{}`` for each axis that stacks layers.
+    def template(self, path: str, stack_axes: int) -> str | None:
+        """The torch module of an array, with ``{}`` for each axis that stacks layers; None if there is no default.
 
         Raises:
-            ValueError: the name leaves open where the layers' numbers go.
+            ValueError: a name that was given has not as many ``{}`` as there are such axes.
         """
-        name = None
-        if callable(self.names):
-            name = self.names(path)
-        elif self.names is not None:
-            name = self.names.get(path)
-        if name is None and self.decoder:
+        given = None
+        if self.names is not None:
+            given = self.names(path) if callable(self.names) else self.names.get(path)
+        if given is not None:
+            if given.count("{}") != stack_axes:
+                raise ValueError(
+                    f"{path} stacks its layers on {stack_axes} axes, but the torch name {given!r} has "
+                    f"{given.count('{}')} places '{{}}' for their numbers"
+                )
+            return given
+        if self.decoder and stack_axes == path.startswith("layers/"):
             from jaxpeft.models.loading import hf_name  # It brings Flax, which the rest does not need.
 
-            name = hf_name(path).rpartition(".")[0]
-        if name is None:
-            name = _default(path, stack_axes)
-        if name.count("{}") != stack_axes:
-            raise ValueError(
-                f"{path} stacks its layers on {stack_axes} axes, but its torch name {name!r} has {name.count('{}')} "
-                "places '{}' for their numbers; pass names={path: name}, for example "
-                f"{{{path!r}: 'model.layers.{{}}.{path.split('/')[-2:][0]}'}}"
-            )
-        return name
+            return hf_name(path).rpartition(".")[0]
+        default = _default(path, stack_axes)
+        return default if default.count("{}") == stack_axes else None
 
     def parameter(self, path: str, layout: str, shape: Sequence[int], layer: int) -> str:
-        """Name of one layer's torch parameter; `layer` counts over the stack axes."""
+        """Name of one layer's torch parameter; `layer` counts over the stack axes.
+
+        Raises:
+            ValueError: the array has no name.
+        """
         stack = sizes(shape, layout, "l")
         template = self.template(path, len(stack))
+        if template is None:
+            raise ValueError(
+                f"where in torch's names do the numbers of the stacked layers of {path} go? Pass names={{path: name}}, "
+                f"for example names={{{path!r}: 'model.layers.{{}}.{path.split('/')[-2:][0]}'}}"
+            )
         return f"{template.format(*np.unravel_index(layer, stack) if stack else ())}.{leaf_of(path)}"
 
     def of_group(self, group: Group) -> list[str]:
@@ -95,12 +105,8 @@ class Modules:
         leaves, found = flatten(params), {}
         for path, layout in layouts_of(params, layouts).items():
             stack = sizes(leaves[path].shape, layout, "l")
-            try:
-                self.template(path, len(stack))
-            except ValueError:
-                if self.names is not None:
-                    raise
-                continue  # It has no name by default, and none was asked for.
+            if self.template(path, len(stack)) is None:
+                continue
             for layer in range(int(np.prod(stack))):
                 name = self.parameter(path, layout, leaves[path].shape, layer)
                 if name in found:

@@ -391,8 +391,8 @@ FORMATS = (
         tensors=_always(Tensor("hira_A", "a"), Tensor("hira_B", "b", FLIPPED)),
         fold="b",
         dropout="hira_dropout",
-        patterns={"rank_pattern": "r"},
         defaults={"r": 32, "hira_dropout": 0.0},
+        ignored=("rank_pattern",),  # as PEFT does
         conv1d=True,
     ),
 )

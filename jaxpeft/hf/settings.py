@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.adapter import Adapter
@@ -15,9 +16,12 @@ from jaxpeft.updates import Decomposed, LowRank, Update
 
 
 def factors_of(update: Update) -> LowRank | None:
-    """The factors of a LoRA or a DoRA; None if the update is neither."""
+    """The factors of a LoRA or a DoRA, with positive scales; None if the update is neither."""
     inner = update.update if isinstance(update, Decomposed) else update
-    return inner.factors() if inner.additive and not inner.on_output else None
+    factors = inner.factors() if inner.additive and not inner.on_output else None
+    if factors is None or (factors.scale > 0).all():
+        return factors
+    return LowRank(factors.a, factors.b * factors.scale[:, None, None], jnp.ones_like(factors.scale))
 
 
 def fields(

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxpeft.hf import native
 from jaxpeft.sites import ALL_LINEAR, HEADS
-from jaxpeft.spec import nearest
+from jaxpeft.spec import Spec, nearest
 
 _COMMON = (
     "auto_mapping",
@@ -58,6 +58,9 @@ def method_of(config: Mapping[str, Any], folder: Path) -> native.Format:
             f"init_lora_weights={start!r}: it changed the base weights in a way that the file does not hold; save it "
             "in PEFT with path_initial_model_for_weight_conversion, which makes it an ordinary LoRA"
         )
+    bias = config.get("bias", "none")
+    if str(bias).lower() not in ("none", "all", method.bias_only):
+        refused.append(f"bias={bias!r} (only 'none', 'all' and {method.bias_only!r})")
     if refused:
         raise ValueError(f"{folder}: {method.peft_type} with settings that are not supported: {'; '.join(refused)}")
     return method
@@ -74,6 +77,20 @@ def fields_of(config: Mapping[str, Any], method: native.Format, module: str) -> 
     for listing, of in method.listed.items():
         fields[of] = _names(config.get(listing) or [], module)
     return fields
+
+
+def spec_of(config: Mapping[str, Any], method: native.Format, module: str) -> Spec:
+    """The spec of one module.
+
+    Raises:
+        ValueError: a value of the config is of another type, or out of range.
+    """
+    try:
+        return method.spec(fields_of(config, method, module))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the config's fields of {module or 'all modules'} are no {method.peft_type}: {error}"
+        ) from None
 
 
 def _names(names: str | Sequence[str], module: str) -> bool:
@@ -120,6 +137,4 @@ def is_trained_whole(
     bias = config.get("bias", "none")
     if leaf != "bias" or bias == "none":
         return False
-    if bias not in ("all", method.bias_only) and str(bias).lower() != method.bias_only:
-        raise ValueError(f"bias={bias!r}: expected 'none', 'all' or {method.bias_only!r}")
     return bias == "all" or adapted is not False

@@ -10,6 +10,7 @@ from jaxpeft.adapter import Adapter
 from jaxpeft.hf import native
 from jaxpeft.hf.names import Modules, Place, is_embedding, matrix_at, torch_shaped
 from jaxpeft.hf.settings import factors_of
+from jaxpeft.methods import mixed
 from jaxpeft.sites import Group, Sites, flatten
 from jaxpeft.spec import SHARED
 from jaxpeft.updates import Decomposed, Dense, LowRank
@@ -80,8 +81,8 @@ def shared(adapter: Adapter, adapted: Sequence[Group], method: native.Format) ->
     for tensor in method.shared:
         tree = adapter.constants if tensor.frozen else adapter.params
         own = tree[SHARED]
-        if hasattr(adapter.spec, "number"):  # a mixed spec keeps them by part
-            own = own[str(adapter.spec.number(adapted[0]))]  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(adapter.spec, mixed.Spec):  # It keeps them by part.
+            own = own[str(adapter.spec.number(adapted[0]))]
         tensors[f"base_model.{tensor.name}"] = tensor.view.write(np.asarray(own[tensor.leaf]))
     return tensors
 
