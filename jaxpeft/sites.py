@@ -1,5 +1,6 @@
 """Where an adapter acts: the weights of a parameter tree that it adapts, grouped by module type over the layers."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -196,6 +197,17 @@ def find(
             groups.append(group)
     _check_layers(wanted, groups)
     return Sites(tuple(groups))
+
+
+def layouts_of(params: Any, layouts: Mapping[str, str] | None = None) -> dict[str, str]:
+    """{path: layout} of every floating-point array whose axes are certain: declared, or known by Flax's names."""
+    leaves = flatten(params)
+    declared, stacked, certain = _declared_layouts(leaves, layouts or {}), _StackedTrees(leaves), {}
+    for path, leaf in leaves.items():
+        with contextlib.suppress(ValueError):
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                certain[path] = declared.get(path) or _built_in_layout(path, leaf.shape, stacked)
+    return certain
 
 
 def flatten(params: Any) -> dict[str, Any]:

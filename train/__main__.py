@@ -1,4 +1,4 @@
-"""The command line: fit, evaluate, generate, chat, report, bench, methods, plan."""
+"""The command line: fit, evaluate, generate, chat, export, report, bench, plan, methods."""
 
 import argparse
 import logging
@@ -168,10 +168,31 @@ def _generate(options: argparse.Namespace, console: Console) -> None:
         console.print(answer, markup=False, highlight=False)
 
 
+def _export(options: argparse.Namespace, console: Console) -> None:
+    from jaxpeft import models
+    from train import config, fit, job, run
+
+    subject = job.subject(config.load(Path(options.run) / "config.yaml"))
+    try:
+        models.save(
+            options.folder,
+            subject.model,
+            fit.trained(subject, Path(options.run)),
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+            overwrite=options.overwrite,
+            dequantize=options.dequantize,
+        )
+    except (ValueError, OSError) as error:
+        raise run.RunError(str(error)) from None
+    console.print(f"model  {options.folder}", highlight=False)
+
+
 def _report(options: argparse.Namespace, console: Console) -> None:
-    from train import fit, report
+    from train import card, fit, report
 
     page = report.write(Path(options.run))
+    card.write(Path(options.run))
     fit.show(console, Path(options.run))
     console.print(f"report  {page}", highlight=False)
 
@@ -318,6 +339,20 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default 256)")
     chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     chat.add_argument("--seed", type=int, default=0, help="of the sampling")
+    export = command(
+        "export",
+        _export,
+        "Write the model with the trained adapter merged in, as a Hugging Face folder.",
+        "runs/quickstart models/sentiment --dtype bfloat16",
+    )
+    export.add_argument("run", metavar="RUN", help="a run folder")
+    export.add_argument("folder", metavar="FOLDER", help="where the model is written")
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of its weights (default: the base's)"
+    )
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default %(default)s)")
+    export.add_argument("--overwrite", action="store_true", help="replace a model that the folder holds")
+    export.add_argument("--dequantize", action="store_true", help="write a base in few bits as floats")
     bench = command("bench", _bench, "Time training steps side by side.", "step configs/quickstart.yaml --rounds 7")
     bench.add_argument("what", choices=["step"], help="step: one training step of each adapter, and of none")
     bench.add_argument("config", help="a YAML file: model, sites, data and optimizer")
@@ -363,7 +398,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--cpu", type=int, metavar="N", help="simulated devices of this machine instead")
     plan.add_argument("--methods", metavar="A,B", help="a table over these methods, at typical settings")
     plan.add_argument("--json", action="store_true", help="print the figures as JSON")
-    report = command("report", _report, "Write report.md and loss.png of a finished run again.", "runs/quickstart")
+    report = command("report", _report, "Write what there is to read of a finished run again.", "runs/quickstart")
     report.add_argument("run", metavar="RUN", help="a run folder")
     return parser
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 import jaxpeft
 from jaxpeft.adapter import Adapter
-from train import devices, job, loop, optim, report, run
+from train import card, devices, job, loop, optim, report, run
 from train.config import Config
 from train.evaluate import Evaluator
 
@@ -58,9 +58,11 @@ def fit(config: Config, console: Console) -> Path:
             "trainable_parameters": jaxpeft.count(adapter),
             "adapter_bytes": sum(file.stat().st_size for file in (folder / "adapter").rglob("*") if file.is_file()),
             "peak_memory_bytes": devices.peak_memory_bytes(),
+            "sites": adapter.sites.to_dict(),
         }
         run.write_json(folder / "summary.json", report.summary(folder, results))
         page = report.write(folder)
+        card.write(folder)
         show(console, folder)
         console.print(f"adapter  {folder / 'adapter'}\nreport   {page}", highlight=False)
     return folder

@@ -9,6 +9,7 @@ A run folder holds
     adapter/        the trained adapter, `jaxpeft.load` reads it
     summary.json, report.md, loss.png
     tasks.json      what `evaluate --tasks` found last
+    README.md       the model card
 """
 
 import json

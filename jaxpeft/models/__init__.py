@@ -1,4 +1,4 @@
-"""Small Flax reference models and loaders of real weights."""
+"""Small Flax reference models, loaders of real weights, and their way back into Hugging Face folders."""
 
 from jaxpeft.models.architectures import ARCHITECTURES
 from jaxpeft.models.config import REMAT_POLICIES, Config, RopeScaling
@@ -6,6 +6,7 @@ from jaxpeft.models.decoder import Decoder
 from jaxpeft.models.language_model import DEFAULT_RULES, LanguageModel, abstract, random, shapes
 from jaxpeft.models.loading import hf_name, load
 from jaxpeft.models.pretrained import PACKAGED, pretrained
+from jaxpeft.models.saving import save
 
 __all__ = [
     "ARCHITECTURES",
@@ -21,5 +22,6 @@ __all__ = [
     "load",
     "pretrained",
     "random",
+    "save",
     "shapes",
 ]

@@ -118,6 +118,8 @@ class LanguageModel:
       tokenizer: a `transformers` tokenizer, or None.
       source: where the parameters come from.
       eos_ids: tokens that end a text, beside the tokenizer's own.
+      hf_config, generation_config: what the folder it was loaded from says in ``config.json`` and
+        ``generation_config.json``; `jaxpeft.models.save` passes it on.
     """
 
     config: Config
@@ -125,6 +127,8 @@ class LanguageModel:
     tokenizer: Any = dataclasses.field(default=None, repr=False)
     source: str = ""
     eos_ids: tuple[int, ...] = ()
+    hf_config: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    generation_config: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def with_config(self, **changes: Any) -> LanguageModel:
         """The same model with other numerics, for instance ``lm.with_config(remat="full")``."""

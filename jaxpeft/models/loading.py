@@ -21,6 +21,8 @@ from jaxpeft.sites import flatten, paths_and_leaves
 
 # Written by older versions of transformers, and computed from the configuration here.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|attn\.bias$")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder with one of them has a tokenizer."""
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -79,7 +81,16 @@ def load(
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = read(name, leaf, shardings[path])
-    return LanguageModel(config, params, text, source=str(folder), eos_ids=_eos_ids(folder))
+    own, generation = (_json(folder / name) for name in ("config.json", "generation_config.json"))
+    return LanguageModel(
+        config,
+        params,
+        text,
+        source=str(folder),
+        eos_ids=_eos_ids(generation) or _eos_ids(own),
+        hf_config=own,
+        generation_config=generation,
+    )
 
 
 def hf_name(path: str) -> str:
@@ -205,19 +216,19 @@ def _read_config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
-def _eos_ids(folder: Path) -> tuple[int, ...]:
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _eos_ids(config: dict[str, Any]) -> tuple[int, ...]:
     """The tokens that end a text; chat models may have several, and say so for generation only."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists() and (
-            ids := json.loads((folder / name).read_text()).get("eos_token_id")
-        ) is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
-    return ()
+    ids = config.get("eos_token_id")
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 def _read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise FileNotFoundError(f"{folder}: no tokenizer.json; pass tokenizer=False to load the weights alone")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)

