@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,16 +81,21 @@ def measure(model: Foreign) -> Measured:
     base, apply = model.make()
     sites = jaxpeft.find(base, model=apply)
     made = Measured(sites, _found_by_name(base) == sites, {}, {}, {}, {}, {})
-    run = jax.jit(apply)
-    frozen = run(base)
-    target = frozen + jnp.std(frozen) * jax.random.normal(jax.random.key(3), frozen.shape)
+    frozen = jax.jit(apply)(base)
+    run_merged = jax.jit(lambda base, adapter: apply(jaxpeft.merge(base, adapter)))
+    target = frozen + jnp.sqrt(jnp.mean(frozen**2)) * jax.random.normal(jax.random.key(3), frozen.shape)
+
+    @partial(jax.jit, static_argnums=0)
+    def start(spec: Spec) -> tuple[jaxpeft.Adapter, jaxpeft.Adapter]:
+        adapter = jaxpeft.init(jax.random.key(0), spec, sites)
+        return adapter, moved(adapter, 0.2)
+
     for name, spec in METHODS.items():
-        adapter = jaxpeft.init(jax.random.key(0), spec, sites, base)
+        adapter, changed = start(spec)
         made.materialized[name] = jaxpeft.explain(apply, base, adapter).materialized
         forward = jax.jit(jaxpeft.adapt(apply))
-        changed = moved(adapter, 0.2)
         outputs = forward(base, changed)
-        made.merge_error[name] = _apart(outputs, run(jaxpeft.merge(base, changed)))
+        made.merge_error[name] = _apart(outputs, run_merged(base, changed))
         made.moved[name] = _apart(outputs, frozen)
         made.losses[name], made.untouched[name] = _train(apply, base, adapter, target)
     return made
@@ -115,19 +121,20 @@ def _train(
     @jax.jit
     def step(params: Any, state: Any, base: Any) -> tuple[Any, Any, jax.Array, Any]:
         def loss(params: Any) -> jax.Array:
-            return jnp.mean((forward(base, adapter.replace(params=params)) - target) ** 2) / jnp.var(target)
+            return jnp.mean((forward(base, adapter.replace(params=params)) - target) ** 2) / jnp.mean(target**2)
 
         value, gradients = jax.value_and_grad(loss)(params)
         changes, state = optimizer.update(gradients, state)
-        return optax.apply_updates(params, changes), state, value, gradients
+        return optax.apply_updates(params, changes), state, value, jax.tree.map(jnp.any, gradients)
 
-    params, state = adapter.params, optimizer.init(adapter.params)
+    params, state = adapter.params, jax.jit(optimizer.init)(adapter.params)
     losses = []
     for _ in range(STEPS + 1):
-        params, state, value, gradients = step(params, state, base)
+        params, state, value, moves = step(params, state, base)
         losses.append(float(value))
-    named = jax.tree_util.tree_leaves_with_path(gradients)
-    zero = [jax.tree_util.keystr(path) for path, leaf in named if not jnp.any(leaf)]
+    zero = [
+        jax.tree_util.keystr(path) for path, any_of_it in jax.tree_util.tree_leaves_with_path(moves) if not any_of_it
+    ]
     return (losses[0], losses[-1]), zero
 
 

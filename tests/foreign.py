@@ -92,7 +92,12 @@ def transformers(
 
 def clip() -> dict[str, Any]:
     vision = {**IMAGE, "projection_dim": WIDTH}
-    return {"text_config": {**ENCODER, "eos_token_id": 1}, "vision_config": vision, "projection_dim": WIDTH}
+    return {
+        "text_config": {**ENCODER, "eos_token_id": 1},
+        "vision_config": vision,
+        "projection_dim": WIDTH,
+        "logit_scale_init_value": 0.0,
+    }
 
 
 WHISPER = {

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 import zoo
-from flax import linen as nn
+from moved import moved
 
 import jaxpeft
+from jaxpeft.methods import lora
 
 
 def shape(*sizes: int) -> jax.ShapeDtypeStruct:
@@ -105,13 +106,36 @@ def test_embeddings_heads_and_declared_layouts() -> None:
     assert declared.layout == "io"
 
 
-def test_a_weight_in_few_bits() -> None:
-    dense = nn.Dense(64)
-    x = jnp.ones((2, 64))
-    params = dense.init(jax.random.key(0), x)["params"]
-    base = jaxpeft.quantize.quantize({"layer": params}, "nf4")
-    (group,) = jaxpeft.find(base, model=lambda base: dense.apply({"params": base["layer"]}, x))
-    assert (group.name, group.layout) == ("layer/kernel", "io")
+def test_weights_in_few_bits() -> None:
+    x = jax.random.normal(jax.random.key(1), (2, 64))
+    base = {"anything": jax.random.normal(jax.random.key(0), (24, 64))}
+
+    def model(params):
+        return x @ params["anything"].T
+
+    small = jaxpeft.quantize.quantize(base, "int8", model=model)
+    assert small["anything"].shape == (24, 64)
+    assert small["anything"].scales.shape == (24, 1)
+    (group,) = jaxpeft.find(small, model=model)
+    assert group.layout == "oi"
+    adapter = moved(jaxpeft.init(jax.random.key(2), lora.Spec(rank=2), jaxpeft.find(small, model=model)), 0.1)
+    expected = model(jaxpeft.merge(small, adapter, dequantize=True))
+    assert jnp.allclose(jaxpeft.adapt(model)(small, adapter), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layout_the_wrong_way_round_shows() -> None:
+    params = {"c_proj": {"kernel": jnp.ones((4, 8))}}  # As GPT-2 stores them: (out, in).
+
+    def model(params):
+        return X @ params["c_proj"]["kernel"].T
+
+    def how(sites):
+        adapter = jaxpeft.init(jax.random.key(0), lora.Spec(rank=2), sites)
+        ((use, _),) = jaxpeft.explain(model, params, adapter).uses
+        return use.primitive
+
+    assert how(jaxpeft.find(params)) == "dot_general, transposed"
+    assert how(jaxpeft.find(params, model=model)) == "dot_general"
 
 
 def test_what_tells_no_layout_is_an_error_that_says_so() -> None:
