@@ -60,8 +60,7 @@ def usage(model: Callable[[Any], Any], params: Any, paths: Sequence[str]) -> dic
         ['oi']
     """
     jaxpr = jax.make_jaxpr(model)(params)
-    leaves = jax.tree.leaves(params)
-    found = {path: Usage(tuple(leaf.shape)) for path, leaf in zip(paths, leaves, strict=True)}
+    found = {path: Usage(tuple(leaf.shape)) for path, leaf in zip(paths, jaxpr.in_avals, strict=True)}
     views = [_View(path, tuple((axis,) for axis in range(len(usage.shape)))) for path, usage in found.items()]
     _follow(jaxpr.jaxpr, views, found)
     return found
@@ -106,7 +105,7 @@ def _into(
 ) -> Sequence[_View | None] | None:
     """The results of an equation as views; None if it is neither a view, nor a product, nor control flow."""
     params, first = equation.params, operands[0]
-    shapes = [atom.aval.shape for atom in equation.invars]  # pyright: ignore[reportAttributeAccessIssue]
+    shapes: list[Any] = [getattr(atom.aval, "shape", ()) for atom in equation.invars]
     match equation.primitive:
         case primitives.dot_general_p:
             return _product(params, operands, found)
@@ -123,7 +122,7 @@ def _into(
             return [views[0] if len(set(views)) == 1 else None for views in zip(*branches, strict=True)]
         case primitives.transpose_p if first:
             axes = tuple(first.axes[axis] for axis in params["permutation"])
-        case primitives.reshape_p if first and params["dimensions"] is None:
+        case primitives.reshape_p if first and params["dimensions"] is None and 0 not in shapes[0]:
             axes = _reshaped(first.axes, shapes[0], params["new_sizes"])
         case primitives.squeeze_p if first:
             axes = tuple(axis for at, axis in enumerate(first.axes) if at not in params["dimensions"])

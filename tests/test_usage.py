@@ -86,6 +86,16 @@ def test_what_is_no_linear_weight(sizes, model) -> None:
     assert group.name == "w"
 
 
+def test_leaves_that_are_no_weights_are_passed_by() -> None:
+    params = {"temperature": 2.0, "empty": jnp.zeros((0, 4)), "none": None, "w": jnp.ones((8, 4))}
+
+    def model(params):
+        return X @ params["w"] / params["temperature"], params["empty"].reshape(0)
+
+    (group,) = jaxpeft.find(params, model=model)
+    assert group.name == "w"
+
+
 def test_use_agrees_with_names_in_every_style_of_model() -> None:
     for name, make in zoo.MODELS.items():
         made = make()
