@@ -1,6 +1,5 @@
 """Where an adapter acts: the weights of a parameter tree that it adapts, grouped by module type over the layers."""
 
-import contextlib
 import dataclasses
 import difflib
 import math
@@ -225,12 +224,13 @@ def find(
 def layouts_of(params: Any, layouts: Mapping[str, str] | None = None) -> dict[str, str]:
     """{path: layout} of every floating-point array whose axes are certain: declared, or known by Flax's names."""
     leaves = flatten(params)
-    declared, stacked, certain = _declared_layouts(leaves, layouts or {}), _StackedTrees(leaves), {}
-    for path, leaf in leaves.items():
-        with contextlib.suppress(ValueError):
-            if jnp.issubdtype(leaf.dtype, jnp.floating):
-                certain[path] = declared.get(path) or _built_in_layout(path, leaf.shape, stacked)
-    return certain
+    declared, stacked = _declared_layouts(leaves, layouts or {}), StackedTrees(leaves)
+    found = {
+        path: declared.get(path) or layout_by_name(path, leaf.shape, stacked)
+        for path, leaf in leaves.items()
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    return {path: layout for path, layout in found.items() if layout is not None}
 
 
 def flatten(params: Any) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.hf import native
-from jaxpeft.sites import ALL_LINEAR, HEADS
+from jaxpeft.names import HEADS
+from jaxpeft.sites import ALL_LINEAR
 from jaxpeft.spec import Spec, nearest
 
 _COMMON = (
