@@ -1,7 +1,7 @@
 """4-bit and 8-bit base weights: a base tree some of whose weights are codes and scales, used in place of the floats."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ def quantize(
     selection: Selection = ALL_LINEAR,
     exclude: Selection | None = None,
     layouts: Mapping[str, str] | None = None,
+    model: Callable[[Any], Any] | None = None,
 ) -> Any:
     """The base with the selected weights in few bits; `jaxpeft.adapt` takes it in place of the floats.
 
@@ -42,6 +43,7 @@ def quantize(
             ``["all-linear", "embed"]``.
         exclude: as in `jaxpeft.find`.
         layouts: as in `jaxpeft.find`.
+        model: as in `jaxpeft.find`.
 
     Returns:
         A new tree with `Quantized` in place of the selected weights, laid out over a mesh as these were; everything
@@ -67,7 +69,8 @@ def quantize(
         near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0)
         raise ValueError(f"quantize: kind {kind!r} is not known; one of {', '.join(KINDS)}; nearest: {near[0]!r}")
     format, leaves = KINDS[kind], flatten(base)
-    chosen = {path: group for group in find(base, selection, exclude=exclude, layouts=layouts) for path in group.paths}
+    sites = find(base, selection, exclude=exclude, layouts=layouts, model=model)
+    chosen = {path: group for group in sites for path in group.paths}
     plans = {}
     for path, group in chosen.items():
         if is_quantized(leaves[path]):

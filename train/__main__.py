@@ -1,4 +1,4 @@
-"""The command line: fit, evaluate, generate, export, report, bench, plan, methods."""
+"""The command line: fit, evaluate, generate, chat, export, report, bench, plan, methods."""
 
 import argparse
 import logging
@@ -19,6 +19,8 @@ Ctrl-C after a checkpoint, the same command goes on
 
 several processes: set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each; the first one
 writes, and all need the run folder. One that does not answer for JAXPEFT_HEARTBEAT_SECONDS (60) counts as gone"""
+
+TASK_OPTIONS = ("include_path", "num_fewshot", "limit", "tasks_batch_size", "apply_chat_template", "base", "json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,12 +93,61 @@ def _fit(options: argparse.Namespace, console: Console) -> None:
 
 def _evaluate(options: argparse.Namespace, console: Console) -> None:
     from train import fit, job
+    from train.config import ConfigError
     from train.evaluate import Evaluator
 
     config, folder = _run_or_config(options.run, options.overrides)
+    if options.tasks:
+        _evaluate_tasks(options, console, config, folder)
+        return
+    if given := [name for name in TASK_OPTIONS if getattr(options, name) not in (None, False)]:
+        options_given = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError([f"{options_given}: has no effect without --tasks"], "evaluate")
     made = job.assemble(config)
     for name, value in Evaluator(made)(fit.trained(made, folder) if folder else made.adapter).items():
         console.print(f"{name:12} {value:.4f}", highlight=False)
+
+
+def _evaluate_tasks(options: argparse.Namespace, console: Console, config: Any, folder: Path | None) -> None:
+    from train import fit, job, tasks
+    from train.config import ConfigError
+
+    measure = tasks.Tasks(
+        [name.strip() for name in options.tasks.split(",")],
+        include_path=options.include_path,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        batch_size=8 if options.tasks_batch_size is None else options.tasks_batch_size,
+        chat=options.apply_chat_template,
+    )
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise ConfigError([f"--json: {Path(options.json).absolute().parent} is no folder"], "evaluate --tasks")
+    subject = job.subject(config)
+    models = {"base": None} if options.base or not folder else {}
+    if folder:
+        models["adapter"] = fit.trained(subject, folder)
+    found = {name: measure(subject, adapter) for name, adapter in models.items()}
+    console.print(tasks.table(found))
+    if folder:
+        tasks.write(folder / "tasks.json", found)
+    if options.json:
+        tasks.write(Path(options.json), found)
+
+
+def _chat(options: argparse.Namespace, console: Console) -> None:
+    from train import chat, fit, job
+
+    config, folder = _run_or_config(options.run, options.overrides)
+    subject = job.subject(config)
+    made = chat.Chat(
+        subject,
+        fit.trained(subject, folder) if folder else None,
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    chat.converse(made, console)
 
 
 def _generate(options: argparse.Namespace, console: Console) -> None:
@@ -253,10 +304,23 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("overrides", **overrides)
     fit.add_argument("--dry-run", action="store_true", help="print sites, counts, steps and memory; load no weights")
     evaluate = command(
-        "evaluate", _evaluate, "Measure on the held-out rows.", "runs/quickstart data.held_out_rows=1500"
+        "evaluate",
+        _evaluate,
+        "Measure on the held-out rows, or by the tasks of lm-evaluation-harness.",
+        "runs/quickstart data.held_out_rows=1500\n"
+        "  python -m train evaluate runs/quickstart --tasks arc_easy,hellaswag --limit 100 --base",
     )
     evaluate.add_argument("run", **run_or_config)
     evaluate.add_argument("overrides", **overrides)
+    of_tasks = evaluate.add_argument_group("tasks of lm-evaluation-harness (pip install 'jaxpeft[eval]')")
+    of_tasks.add_argument("--tasks", metavar="A,B", help="tasks, groups or tags, or patterns with *")
+    of_tasks.add_argument("--include-path", metavar="FOLDER", help="of further task files (YAML)")
+    of_tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question")
+    of_tasks.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each task")
+    of_tasks.add_argument("--tasks-batch-size", type=int, metavar="N", help="rows of a pass (default 8)")
+    of_tasks.add_argument("--apply-chat-template", action="store_true", help="write prompts as conversations")
+    of_tasks.add_argument("--base", action="store_true", help="also measure the base model, beside the adapter")
+    of_tasks.add_argument("--json", metavar="FILE", help="write the results here, beside tasks.json of the run folder")
     generate = command(
         "generate", _generate, "Answer prompts.", "runs/quickstart --prompt 'Is the sentiment of …?' --max-new-tokens 4"
     )
@@ -268,6 +332,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+    chat = command("chat", _chat, "Talk to the model, a turn a line.", "runs/quickstart --system 'Answer in one word.'")
+    chat.add_argument("run", **run_or_config)
+    chat.add_argument("overrides", **overrides)
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default 256)")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    chat.add_argument("--seed", type=int, default=0, help="of the sampling")
     export = command(
         "export",
         _export,

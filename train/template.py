@@ -126,6 +126,11 @@ class Template:
         content = json.dumps([vocabulary, self.tokenizer(PROBE, add_special_tokens=False).input_ids])
         return f"{len(vocabulary)} tokens, checksum {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
+    @property
+    def jinja(self) -> str:
+        """How conversations are written, as a chat template of Hugging Face."""
+        return {"chat": self.tokenizer.chat_template, "chatml": CHATML, "plain": PLAIN}[self.kind]
+
     @functools.cached_property
     def _start(self) -> str:
         """The token that text begins with, where the tokenizer adds one by itself."""
@@ -152,10 +157,9 @@ class Template:
         return tokens
 
     def _render(self, messages: Messages, answer_next: bool = False) -> str:
-        template = {"chat": None, "chatml": CHATML, "plain": PLAIN}[self.kind]
         return self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
-            chat_template=template,
+            chat_template=self.jinja,
             add_generation_prompt=answer_next,
             tokenize=False,
             start=self._start,
