@@ -8,6 +8,7 @@ import jax
 
 import jaxpeft
 from jaxpeft import models
+from jaxpeft.adapter import Adapter
 from jaxpeft.cli import sources
 from jaxpeft.models.saving import check_free
 from jaxpeft.spec import name_of
