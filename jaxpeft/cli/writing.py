@@ -8,6 +8,7 @@ import jax
 
 import jaxpeft
 from jaxpeft import models
+from jaxpeft.adapter import Adapter
 from jaxpeft.cli import sources
 from jaxpeft.models.saving import check_free
 from jaxpeft.spec import name_of
@@ -77,12 +78,7 @@ def convert(
         own, report = jaxpeft.to_lora(own, rank=rank, energy=energy, base=params)
         said = str(report)
     jaxpeft.save(out, own, base=params, base_fingerprint=sources.fingerprint(adapter), overwrite=overwrite)
-    return {
-        "folder": out,
-        "to": to,
-        "spec": own.spec.to_dict(),
-        "report": said,
-    }, f"{out}: {name_of(own.spec)}.{own.spec}\n{said}"
+    return {"folder": out, "to": to, **_described(own, said)}, _text(out, own, said)
 
 
 def combine(
@@ -121,8 +117,13 @@ def combine(
         base=params,
     )
     jaxpeft.save(out, made, base=params, base_fingerprint=next(iter(bases.values()), None), overwrite=overwrite)
-    return {
-        "folder": out,
-        "spec": made.spec.to_dict(),
-        "report": str(report),
-    }, f"{out}: {name_of(made.spec)}.{made.spec}\n{report}"
+    return {"folder": out, **_described(made, str(report))}, _text(out, made, str(report))
+
+
+def _described(adapter: Adapter, report: str) -> dict[str, Any]:
+    return {"spec": adapter.spec.to_dict(), "parameters": jaxpeft.count(adapter), "report": report}
+
+
+def _text(out: str, adapter: Adapter, report: str) -> str:
+    count = f"{jaxpeft.count(adapter):,} trained parameters"
+    return "\n".join([f"{out}: {name_of(adapter.spec)}, {count}", str(adapter.spec), report]).rstrip()
