@@ -9,59 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny_encoder import FIELDS, config_json, made, tensors
 
 import jaxpeft
 from jaxpeft import models
 from jaxpeft.methods import full, lora, mixed, mos
 from jaxpeft.models.encoder import cubic
-from jaxpeft.models.names import encoder_name
-from jaxpeft.sites import flatten
 
 DATA = Path(__file__).parent / "data"
-SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-FOLDERS = {
-    "bert": {"intermediate_size": 48, "vocab_size": 50, "max_position_embeddings": 20, "type_vocab_size": 2},
-    "roberta": {
-        "intermediate_size": 48,
-        "vocab_size": 50,
-        "max_position_embeddings": 22,
-        "type_vocab_size": 1,
-        "pad_token_id": 1,
-    },
-    "distilbert": {"hidden_dim": 48, "vocab_size": 50, "max_position_embeddings": 20},
-    "vit": {"intermediate_size": 48, "image_size": 16, "patch_size": 4},
-    "dinov2": {"mlp_ratio": 2, "image_size": 16, "patch_size": 4},
-}
-
-
-def tensors(model, prefix=""):
-    """The parameters under Hugging Face's names and in torch's layout."""
-    found = {}
-    for path, leaf in flatten(model.params).items():
-        leaf, name = np.asarray(leaf), prefix + encoder_name(path, model.config)
-        for layer in range(len(leaf)) if "{}" in name else [None]:
-            tensor = leaf if layer is None else leaf[layer]
-            tensor = tensor.T if path.endswith("/kernel") else tensor
-            found[name.format(layer)] = np.ascontiguousarray(tensor)
-    return found
-
-
-def config_json(folder, family):
-    folder.mkdir(exist_ok=True)
-    names = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
-    sizes = {names[k] if family == "distilbert" else k: v for k, v in SIZES.items()}
-    (folder / "config.json").write_text(json.dumps({"model_type": family} | sizes | FOLDERS[family]))
-
-
-def made(folder, family):
-    """A random model as its folder describes it, all its parameters drawn."""
-    config_json(folder, family)
-    shapes = models.load(folder, dtype="float32", weights=False, tokenizer=False)
-    model = models.random_encoder(shapes.config, jax.random.key(0))
-    random = np.random.default_rng(0)
-    return dataclasses.replace(
-        model, params=jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape).astype("f"), model.params)
-    )
 
 
 def inputs(config, batch=2, length=7):
@@ -73,7 +28,7 @@ def inputs(config, batch=2, length=7):
     return {"tokens": jnp.asarray(random.integers(0, 50, (batch, length))), "mask": jnp.asarray(mask)}
 
 
-@pytest.fixture(scope="module", params=FOLDERS)
+@pytest.fixture(scope="module", params=FIELDS)
 def family(request):
     return request.param
 

