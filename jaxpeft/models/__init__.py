@@ -7,10 +7,11 @@ from jaxpeft.models.encoder import Encoder
 from jaxpeft.models.encoder_config import EncoderConfig
 from jaxpeft.models.encoder_model import ENCODER_RULES, EncoderModel
 from jaxpeft.models.encoder_model import random as random_encoder
-from jaxpeft.models.language_model import DEFAULT_RULES, LanguageModel, abstract, random, shapes
+from jaxpeft.models.language_model import DEFAULT_RULES, LanguageModel, random
 from jaxpeft.models.loading import load
 from jaxpeft.models.names import hf_name
 from jaxpeft.models.pretrained import PACKAGED, pretrained
+from jaxpeft.models.shapes import abstract, shapes
 
 __all__ = [
     "ARCHITECTURES",

@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpeft import sharding
 from jaxpeft.models.encoder import Encoder
 from jaxpeft.models.encoder_config import EncoderConfig
 from jaxpeft.sharding import Rules
@@ -55,14 +54,6 @@ def random(config: EncoderConfig, key: jax.Array) -> EncoderModel:
         return nnx.to_pure_dict(nnx.state(Encoder(config, nnx.Rngs(key))))
 
     return EncoderModel(config, init(key), source="random")
-
-
-def shapes(config: EncoderConfig, *, mesh: Mesh | None = None, source: str = "") -> EncoderModel:
-    """An encoder of `jax.ShapeDtypeStruct`s, without memory: for counts and for compiling ahead of time."""
-    params = abstract(config)
-    if mesh is not None:
-        params = sharding.shapes(params, sharding.from_rules(params, mesh, ENCODER_RULES, strict=False))
-    return EncoderModel(config, params, source=source)
 
 
 # Compared by identity, so that jax.jit takes the bound methods.

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxpeft import sharding as placing
-from jaxpeft.models import encoder_model, language_model
 from jaxpeft.models.config import FAMILIES, Config
 from jaxpeft.models.encoder_config import ENCODER_FAMILIES, EncoderConfig
 from jaxpeft.models.encoder_model import EncoderModel
 from jaxpeft.models.language_model import LanguageModel
 from jaxpeft.models.names import file_name, is_kernel, known_name, left_out
+from jaxpeft.models.shapes import abstract, placed
 from jaxpeft.sharding import Rules
 from jaxpeft.sites import flatten, paths_and_leaves
 
@@ -67,7 +66,7 @@ def load(
     if dtype is None:
         dtype = _Tensors(folder).dtype()
     config = _config(folder, dtype=dtype, param_dtype=param_dtype or dtype)
-    expected = {path: (file_name(path, config), leaf) for path, leaf in flatten(_abstract(config)).items()}
+    expected = {path: (file_name(path, config), leaf) for path, leaf in flatten(abstract(config)).items()}
     if weights:
         files = _Tensors(folder, config)
         files.check(expected, config)
@@ -177,22 +176,14 @@ def _file_shape(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
     return shape[::-1] if is_kernel(path) else shape
 
 
-def _abstract(config: Config | EncoderConfig) -> dict[str, Any]:
-    """The shapes of a model's parameters."""
-    return language_model.abstract(config) if isinstance(config, Config) else encoder_model.abstract(config)
-
-
 def _shardings(
     config: Config | EncoderConfig, mesh: Mesh | None, rules: Rules | None
 ) -> dict[str, jax.sharding.Sharding]:
     """{path: where the parameter goes}."""
-    tree = _abstract(config)
     if mesh is None:
         here = SingleDeviceSharding(jnp.zeros(()).device)  # the default device, wherever a context sets it
-        return dict.fromkeys(flatten(tree), here)
-    default = language_model.DEFAULT_RULES if isinstance(config, Config) else encoder_model.ENCODER_RULES
-    placed = placing.from_rules(tree, mesh, default if rules is None else rules, strict=rules is not None)
-    return dict(paths_and_leaves(placed))
+        return dict.fromkeys(flatten(abstract(config)), here)
+    return dict(paths_and_leaves(placed(config, mesh, rules)))
 
 
 def _config(folder: Path, **numerics: str) -> Config | EncoderConfig:
