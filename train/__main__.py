@@ -94,7 +94,6 @@ def _fit(options: argparse.Namespace, console: Console) -> None:
 def _evaluate(options: argparse.Namespace, console: Console) -> None:
     from train import fit, job
     from train.config import ConfigError
-    from train.evaluate import Evaluator
 
     config, folder = _run_or_config(options.run, options.overrides)
     if options.tasks:
@@ -104,7 +103,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
         options_given = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError([f"{options_given}: has no effect without --tasks"], "evaluate")
     made = job.assemble(config)
-    for name, value in Evaluator(made)(fit.trained(made, folder) if folder else made.adapter).items():
+    for name, value in made.task.evaluator(made)(fit.trained(made, folder) if folder else made.adapter).items():
         console.print(f"{name:12} {value:.4f}", highlight=False)
 
 
@@ -154,6 +153,7 @@ def _generate(options: argparse.Namespace, console: Console) -> None:
     from train import fit, generate, job
 
     config, folder = _run_or_config(options.run, options.overrides)
+    job.check_generation(config)
     subject = job.subject(config)
     adapter = fit.trained(subject, folder) if folder else subject.adapter
     prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin]
@@ -272,7 +272,7 @@ def _run_or_config(path: str, overrides: Sequence[str]):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train",
-        description="Fine-tune a language model with an adapter.",
+        description="Fine-tune a language model or an encoder with an adapter.",
         epilog=NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -65,7 +65,7 @@ class Modules:
                 )
             return given
         if self.decoder and stack_axes == path.startswith("layers/"):
-            from jaxpeft.models.loading import hf_name  # It brings Flax, which the rest does not need.
+            from jaxpeft.models.names import hf_name  # It brings Flax, which the rest does not need.
 
             return hf_name(path).rpartition(".")[0]
         default = _default(path, stack_axes)

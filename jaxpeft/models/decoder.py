@@ -19,7 +19,7 @@ from jaxpeft.sharding import BATCH
 # What attends: (queries (B, S, N, H), keys (B, T, K, H), values (B, T, K, H)) -> (B, S, N, H).
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-_POLICIES = {
+POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -107,7 +107,7 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
 # says: on an accelerator they cost memory, on a CPU the traffic to and from it costs more than the arithmetic (2 x 256
 # tokens through SmolLM2-135M: 947 MiB kept without this, 336 with it, and a faster step). No kernel is involved. The
 # barriers against common subexpressions are not needed: in a scan the two passes are two loops.
-_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def attention(mask: jax.Array | None) -> Attend:
@@ -116,10 +116,10 @@ def attention(mask: jax.Array | None) -> Attend:
     def attend(query, key, value):
         return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=mask is None)
 
-    return _recomputed(attend)
+    return recomputed(attend)
 
 
-@_recomputed
+@recomputed
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float | jax.Array) -> jax.Array:
     """``x / sqrt(mean(x²) + eps) * scale`` over the last axis, in float32, returned in the dtype of `x`."""
     y = x.astype(jnp.float32)
@@ -127,7 +127,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float | jax.Array) -> jax.Arra
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-@_recomputed
+@recomputed
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """``silu(gate) * up``."""
     return jax.nn.silu(gate) * up
@@ -342,6 +342,6 @@ class Decoder(nnx.Module):
             return run(nnx.merge(graph, state), index, carry), None
 
         if self.config.remat != "none":
-            step = _recomputed(step, policy=_POLICIES[self.config.remat])
+            step = recomputed(step, policy=POLICIES[self.config.remat])
         indices = jnp.arange(self.config.num_hidden_layers)
         return jax.lax.scan(step, carry, (indices, stacked))[0]

@@ -11,9 +11,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from jaxpeft import sharding
 from jaxpeft.models import generate as generation
 from jaxpeft.models.config import Config
 from jaxpeft.models.decoder import Decoder, split_over
@@ -42,14 +41,7 @@ def _skeleton(config: Config) -> tuple[Any, Any]:
 
 
 def abstract(config: Config) -> dict[str, Any]:
-    """The parameter tree as `jax.ShapeDtypeStruct`, without memory.
-
-    >>> from jaxpeft.models import Config
-    >>> seven_billion = Config(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-    ...                        num_attention_heads=32)
-    >>> abstract(seven_billion)["layers"]["mlp"]["down_proj"]["kernel"].shape
-    (32, 11008, 4096)
-    """
+    """The parameter tree as `jax.ShapeDtypeStruct`, without memory."""
     return nnx.to_pure_dict(_skeleton(config)[1])
 
 
@@ -68,26 +60,6 @@ def random(config: Config, key: jax.Array) -> LanguageModel:
         return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(key))))
 
     return LanguageModel(config, init(key), source="random")
-
-
-def shapes(config: Config, *, mesh: Mesh | None = None, rules: Rules | None = None, source: str = "") -> LanguageModel:
-    """A model of `jax.ShapeDtypeStruct`s, without memory: for counts and for compiling ahead of time.
-
-    Args:
-      config: architecture and numerics.
-      mesh: where the parameters would lie, as in `jaxpeft.models.load`; nowhere by default.
-      rules: as in `jaxpeft.models.load`.
-      source: what to call it.
-
-    >>> from jaxpeft.models import ARCHITECTURES
-    >>> shapes(ARCHITECTURES["meta-llama/Llama-2-7b-hf"]).num_params
-    6738415616
-    """
-    params = abstract(config)
-    if mesh is not None:
-        placed = sharding.from_rules(params, mesh, DEFAULT_RULES if rules is None else rules, strict=rules is not None)
-        params = sharding.shapes(params, placed)
-    return LanguageModel(config, params, source=source)
 
 
 class Scores(NamedTuple):

@@ -22,7 +22,7 @@ from jaxpeft.merge import changed, merged_matrix
 from jaxpeft.models import shards
 from jaxpeft.models.config import FAMILIES, Config
 from jaxpeft.models.language_model import LanguageModel, abstract
-from jaxpeft.models.loading import hf_name, is_kernel
+from jaxpeft.models.names import hf_name, is_kernel
 from jaxpeft.models.shards import DTYPES, Tensor
 from jaxpeft.sites import Group, flatten
 from jaxpeft.spec import nearest
