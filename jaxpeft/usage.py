@@ -125,7 +125,8 @@ def _into(
         case primitives.reshape_p if first and params["dimensions"] is None and 0 not in shapes[0]:
             axes = _reshaped(first.axes, shapes[0], params["new_sizes"])
         case primitives.squeeze_p if first:
-            axes = tuple(axis for at, axis in enumerate(first.axes) if at not in params["dimensions"])
+            gone: Any = params["dimensions"]
+            axes = tuple(axis for at, axis in enumerate(first.axes) if at not in gone)
         case primitives.broadcast_in_dim_p if first:
             places = dict(zip(params["broadcast_dimensions"], first.axes, strict=True))
             axes = tuple(places.get(axis, ()) for axis in range(len(params["shape"])))

@@ -88,7 +88,7 @@ def fingerprint(path: str | Path) -> str | None:
     return None if source.adapter is None else checkpoint.metadata(source.adapter)["base"]
 
 
-def model(name: str) -> models.LanguageModel:
+def model(name: str) -> models.LanguageModel | models.EncoderModel:
     """A model, with its tokenizer if it has one."""
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpeft.models.encoder import Encoder
 from jaxpeft.models.encoder_config import EncoderConfig
+from jaxpeft.models.names import encoder_name
 from jaxpeft.sharding import Rules
 
 HEAD = "classifier"
@@ -71,12 +72,14 @@ class EncoderModel:
       params: nested dict of arrays, for instance ``params["layers"]["attention"]["query"]["kernel"]`` (L, in, out).
       tokenizer: a `transformers` tokenizer, or None.
       source: where the parameters come from.
+      hf_config: what the folder it was loaded from says in ``config.json``.
     """
 
     config: EncoderConfig
     params: dict[str, Any] = dataclasses.field(repr=False)
     tokenizer: Any = dataclasses.field(default=None, repr=False)
     source: str = ""
+    hf_config: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def with_config(self, **changes: Any) -> EncoderModel:
         """The same encoder with other numerics or pooling, for instance ``model.with_config(remat="full")``."""
@@ -112,6 +115,16 @@ class EncoderModel:
         """Number of parameters, of a head too if there is one."""
         head = jax.tree.leaves(self.params.get(HEAD, {}))
         return sum(math.prod(leaf.shape) for leaf in [*jax.tree.leaves(abstract(self.config)), *head])
+
+    def torch_name(self, path: str) -> str | None:
+        """The torch module of an array, ``{}`` for its layer: `names` of `jaxpeft.to_peft` and `from_peft`.
+
+        >>> config = EncoderConfig(family="bert", hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        ...                        num_attention_heads=1)
+        >>> random(config, jax.random.key(0)).torch_name("layers/mlp/up/kernel")
+        'encoder.layer.{}.intermediate.dense'
+        """
+        return None if path.startswith(HEAD) else encoder_name(path, self.config).rpartition(".")[0]
 
     def hidden(self, params: Any, **inputs: jax.Array) -> jax.Array:
         """One vector a token or patch, (B, S, hidden_size) of `EncoderConfig.dtype`; an image's first is its own."""

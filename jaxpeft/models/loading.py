@@ -89,7 +89,7 @@ def load(
         node[last] = read(path, name, leaf, shardings[path])
     own = _json(folder / "config.json")
     if isinstance(config, EncoderConfig):
-        return EncoderModel(config, params, text, source=str(folder))
+        return EncoderModel(config, params, text, source=str(folder), hf_config=own)
     generation = _json(folder / "generation_config.json")
     return LanguageModel(
         config,
@@ -203,7 +203,7 @@ def _config(folder: Path, **numerics: str) -> Config | EncoderConfig:
     found = _read_config(folder)
     if found.model_type not in ENCODER_FAMILIES:
         if found.model_type not in FAMILIES:
-            known = ", ".join(FAMILIES + ENCODER_FAMILIES)
+            known = ", ".join([*FAMILIES, *ENCODER_FAMILIES])
             raise ValueError(f"model_type {found.model_type!r} is not supported; supported: {known}")
         return Config.from_hf(found, **numerics)
     config = EncoderConfig.from_hf(found, **numerics)

@@ -21,6 +21,7 @@ from jaxpeft.layout import from_matrix
 from jaxpeft.merge import changed, merged_matrix
 from jaxpeft.models import shards
 from jaxpeft.models.config import FAMILIES, Config
+from jaxpeft.models.encoder_model import EncoderModel
 from jaxpeft.models.language_model import LanguageModel, abstract
 from jaxpeft.models.names import hf_name, is_kernel
 from jaxpeft.models.shards import DTYPES, Tensor
@@ -31,7 +32,7 @@ from jaxpeft.updates import Update
 
 def save(
     folder: str | os.PathLike,
-    model: LanguageModel,
+    model: LanguageModel | EncoderModel,
     adapter: Adapter | Sequence[Adapter] | None = None,
     *,
     dtype: str | None = None,
@@ -57,7 +58,7 @@ def save(
 
     Raises:
       FileExistsError: the folder holds something, or with `overwrite` something that is no model.
-      ValueError: another dtype or size; shapes in place of parameters; parameters that are not the configuration's;
+      ValueError: an encoder; another dtype or size; shapes in place of parameters; parameters that are not the configuration's;
         weights in few bits without `dequantize`; an adapter of other weights, or one that cannot be merged; an
         architecture that `transformers` lacks; a value that the dtype cannot hold.
 
@@ -73,6 +74,10 @@ def save(
       >>> again.config == config, bool((again.params["lm_head"]["kernel"] == lm.params["lm_head"]["kernel"]).all())
       (True, True)
     """
+    if not isinstance(model, LanguageModel):
+        raise ValueError(
+            f"{model.source or 'an encoder'}: only language models are written; jaxpeft.merge gives the tree"
+        )
     folder, size = Path(folder), shards.parse_size(max_shard_size)
     dtype = dtype or model.config.param_dtype
     if dtype not in DTYPES:
@@ -150,7 +155,7 @@ def _tensors(
         name, (group, updates) = hf_name(path), changes.get(path, (None, ()))
         layout = None if group is None else group.layout
         stacked = "{}" in name
-        make = partial(_values, layout, dtype, is_kernel(name), stacked, leaf, updates)
+        make = partial(_values, layout, dtype, is_kernel(path), stacked, leaf, updates)
         shape = jax.eval_shape(make, 0).shape
         for layer in range(leaf.shape[0] if stacked else 1):
             own = name.format(layer)
