@@ -101,7 +101,7 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> Adapter:
     Raises:
         ValueError: the spec does not fit a site; the message names the nearest value that does.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> params = {"q_proj": {"kernel": jnp.zeros((64, 32))}}

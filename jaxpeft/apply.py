@@ -78,7 +78,7 @@ def adapt(fn: Callable, *, shardings: Any = None) -> Callable:
     Warns:
         MaterializeWarning: a weight is consumed by a primitive that has no rule, so W + ΔW is formed there.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> base = {"up": {"kernel": jnp.ones((3, 4))}}
@@ -119,7 +119,7 @@ def explain(fn: Callable, base: Any, adapter: Adapter | Sequence[Adapter], *args
         *args: what ``fn`` takes after the parameters; shapes will do for arrays.
         **kwargs: the same by keyword.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> base = {"up": {"kernel": jnp.ones((3, 4))}}

@@ -126,7 +126,7 @@ class Checkpoints:
         asynchronous: whether `save` returns before the files are complete.
         read_only: whether the folder must be left as it is.
 
-    Example:
+    Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> base = {"up": {"kernel": jnp.ones((3, 4))}}

@@ -98,7 +98,7 @@ def to_lora(
         ValueError: neither is given and an update is no product of two factors; both are given; a value is out of
             range; the base is missing or another one; the update cannot be merged at all.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import mos
         >>> sites = jaxpeft.find({"layers": [{"q_proj": {"kernel": jnp.zeros((64, 32))}} for _ in range(4)]})

@@ -68,7 +68,7 @@ class HarnessLM(TemplateLM):
       ValueError: a model without a tokenizer, or a batch of no rows.
       RequestError: later, of a request.
 
-    Example::
+    Examples::
 
         import lm_eval
         from jaxpeft import models

@@ -50,7 +50,7 @@ def merge(base: Any, adapter: Adapter | Sequence[Adapter], *, dequantize: bool =
         ValueError: the base lacks an adapted weight, or it has another shape, or is in few bits: quantizing W + ΔW
             anew would drown most of ΔW.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> base = {"up": {"kernel": jnp.ones((3, 4))}}

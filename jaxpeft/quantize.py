@@ -53,7 +53,7 @@ def quantize(
         ValueError: from `jaxpeft.find`; an unknown kind, a block that does not divide the axis or that the format does
             not have, a vector, or a weight that is quantized already.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> base = {"up": {"kernel": jnp.linspace(-1, 1, 64 * 8).reshape(64, 8)}}
         >>> small = jaxpeft.quantize.quantize(base, "nf4")
@@ -95,7 +95,7 @@ def quantize(
 def dequantize(base: Any) -> Any:
     """The base with every weight as the floats it stands for, in the dtype that it was quantized from.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxpeft
         >>> base = jaxpeft.quantize.quantize({"up": {"kernel": jnp.eye(64)}}, "q8_0")
         >>> float(jnp.abs(jaxpeft.quantize.dequantize(base)["up"]["kernel"] - jnp.eye(64)).max()) < 1e-3

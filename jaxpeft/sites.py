@@ -162,7 +162,7 @@ def find(
         ValueError: nothing matches (the message lists near misses), an excluded pattern, a listed name or a declared
             layout matches nothing, a layout is unknown or does not fit, a layer number is out of range.
 
-    Example:
+    Examples:
         >>> import jax, jaxpeft
         >>> kernel = jax.ShapeDtypeStruct((64, 32), "float32")
         >>> params = {"layers": [{"q_proj": {"kernel": kernel}, "v_proj": {"kernel": kernel}} for _ in range(2)]}

@@ -93,7 +93,7 @@ def summary(adapter: Adapter) -> Summary:
     Args:
         adapter: any adapter, of arrays or of shapes.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> sites = jaxpeft.find({"up": {"kernel": jnp.zeros((64, 32))}})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """The rows as lines, every column as wide as its widest cell.
 
-    Example:
+    Examples:
         >>> table([("site", "how"), ("up/kernel", "fused")])
         ['site       how', 'up/kernel  fused']
     """
@@ -18,7 +18,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 def html_table(rows: Sequence[Sequence[str]], caption: str) -> str:
     """The rows as an HTML table: the first is the header, and numbers are on the right.
 
-    Example:
+    Examples:
         >>> print(html_table([("site", "rank"), ("up<kernel>", "2")], "one site"))
         <table><caption>one site</caption>
         <tr><th style="text-align: left">site</th><th style="text-align: left">rank</th></tr>

@@ -53,7 +53,7 @@ def usage(model: Callable[[Any], Any], params: Any, paths: Sequence[str]) -> dic
         params: arrays or `jax.ShapeDtypeStruct`s.
         paths: the name of each leaf, in the tree's order.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> weight = jax.ShapeDtypeStruct((4, 3), "float32")
         >>> usage(lambda p: jnp.ones((2, 3)) @ p["w"].T, {"w": weight}, ["w"])["w"].layouts

@@ -99,7 +99,7 @@ def to_peft(
         ValueError: the adapter has no ΔW or is of full rank, and neither `rank` nor `energy` is given; the base is
             needed; PEFT cannot say what is trained; a name is missing.
 
-    Example:
+    Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import mos
         >>> params = {"layers": [{"q_proj": {"kernel": jnp.ones((64, 32))}} for _ in range(4)]}

@@ -69,7 +69,7 @@ def from_peft(
         ValueError: another method, a field that changes the mathematics and is not supported, a pickle; or tensors that
             are missing, unexpected or of another shape: all are listed at once.
 
-    Example:
+    Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import vera
         >>> params = {"up": {"kernel": jnp.ones((64, 32))}}

@@ -37,7 +37,7 @@ class Spec(base.Spec):
             first match counts. A rank pattern is ``{r".*down_proj.*": {"rank": 16}}``, `modules_to_save` is
             ``{r"lm_head/.*": full.Spec()}``.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import full, lora, mixed
         >>> params = {"up": {"kernel": jnp.ones((64, 32))}, "norm": {"scale": jnp.ones(64)}}

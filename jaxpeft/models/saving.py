@@ -58,11 +58,11 @@ def save(
 
     Raises:
       FileExistsError: the folder holds something, or with `overwrite` something that is no model.
-      ValueError: an encoder; another dtype or size; shapes in place of parameters; parameters that are not the configuration's;
-        weights in few bits without `dequantize`; an adapter of other weights, or one that cannot be merged; an
-        architecture that `transformers` lacks; a value that the dtype cannot hold.
+      ValueError: an encoder; another dtype or size; shapes in place of parameters; parameters that are not the
+        configuration's; weights in few bits without `dequantize`; an adapter of other weights, or one that cannot be
+        merged; an architecture that `transformers` lacks; a value that the dtype cannot hold.
 
-    Example:
+    Examples:
       >>> import tempfile, jax
       >>> from jaxpeft import models
       >>> config = models.Config(vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=2,
@@ -75,9 +75,7 @@ def save(
       (True, True)
     """
     if not isinstance(model, LanguageModel):
-        raise ValueError(
-            f"{model.source or 'an encoder'}: only language models are written; jaxpeft.merge gives the tree"
-        )
+        raise ValueError(f"{model.source}: an encoder; only language models are written, jaxpeft.merge gives the tree")
     folder, size = Path(folder), shards.parse_size(max_shard_size)
     dtype = dtype or model.config.param_dtype
     if dtype not in DTYPES:
