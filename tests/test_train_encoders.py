@@ -140,6 +140,14 @@ class TestRuns:
         assert plan["fits"]
         assert plan["batch"] == ([16, 24] if model == "text_model" else [16, 17])
 
+    def test_bench(self, text_model, tmp_path, capsys):
+        path = written(TEXT, text_model, tmp_path / "run")
+        assert main(["bench", "step", path, "--rounds", "1", "--only", "lora r=2"]) == 0
+        printed = capsys.readouterr().out
+        trained = 3 * 2 * 2 * (32 + 32) + 66  # layers, query and value, rank; the head
+        assert f"| lora r=2 | {trained} |" in printed
+        assert "| frozen bound | 0 |" in printed
+
 
 class TestSteps:
     @pytest.mark.parametrize(("text", "model"), [(TEXT, "text_model"), (IMAGES, "image_model")])
@@ -364,9 +372,9 @@ class TestImages:
 
     def test_pixels(self):
         reader = images.Reader(4, (0.5, 0.5, 0.5), (0.25, 0.5, 1.0), 2)
-        whole = reader.pixels(np.full((4, 4, 3), 255, np.uint8))
+        whole = reader.normalised(reader.resized(np.full((4, 4, 3), 255, np.uint8)))
         np.testing.assert_allclose(whole[0, 0], [2.0, 1.0, 0.5])
-        np.testing.assert_allclose(reader.pixels(np.full((9, 5, 3), 255, np.uint8)), whole)
+        np.testing.assert_allclose(reader.normalised(reader.resized(np.full((9, 5, 3), 255, np.uint8))), whole)
 
     def test_digits(self, image_model):
         pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'jaxpeft[vision]'")

@@ -130,7 +130,7 @@ def collate_images(
     pixels = np.zeros((len(chosen), reader.size, reader.size, 3), np.float32)
     for i, row in enumerate(chosen):
         for number in row:
-            pixels[i] = reader.pixels(examples[number].image)
+            pixels[i] = reader.normalised(examples[number].image)
     return {"images": pixels} | _targets(chosen, examples, config)
 
 

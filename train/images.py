@@ -41,7 +41,7 @@ class Example:
     """An image and the number of its class.
 
     Attributes:
-      image: (height, width, 3) uint8.
+      image: (size, size, 3) uint8, resized: all of them are kept in memory.
       target: the class's number.
       positions: tokens that the model makes of it.
     """
@@ -77,10 +77,15 @@ class Reader:
         """What tells it from others."""
         return f"images of {self.size} pixels, mean {self.mean}, deviation {self.std}"
 
-    def pixels(self, image: np.ndarray) -> np.ndarray:
-        """(size, size, 3) float32 of (height, width, 3) uint8, resized (bicubic) and normalised."""
-        if image.shape[:2] != (self.size, self.size):
-            image = np.asarray(_pillow().fromarray(image).resize((self.size, self.size), _pillow().Resampling.BICUBIC))
+    def resized(self, image: np.ndarray) -> np.ndarray:
+        """(size, size, 3) uint8 of (height, width, 3) uint8, bicubic; its sides' ratio is not kept."""
+        if image.shape[:2] == (self.size, self.size):
+            return image
+        pillow = _pillow()
+        return np.asarray(pillow.fromarray(image).resize((self.size, self.size), pillow.Resampling.BICUBIC))
+
+    def normalised(self, image: np.ndarray) -> np.ndarray:
+        """(size, size, 3) float32 of that uint8."""
         scaled = image.astype(np.float32) / 255
         return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
@@ -139,9 +144,12 @@ def read(source: str) -> list[Row]:
 def encode(
     found: Sequence[Row], reader: Reader, config: Config, names: Sequence[str]
 ) -> tuple[list[Row], list[Example], str]:
-    """Opens images and numbers their classes; returns the rows, their examples, and how many there are."""
+    """Opens and resizes images and numbers their classes; returns the rows, their examples, and how many there are."""
     del config
-    examples = [Example(_open(row.image), float(labelled.number(row.target, names)), reader.positions) for row in found]
+    examples = [
+        Example(reader.resized(_open(row.image)), float(labelled.number(row.target, names)), reader.positions)
+        for row in found
+    ]
     return list(found), examples, f"{len(examples)} images"
 
 

@@ -103,7 +103,7 @@ def _plot(records: list[dict[str, float]], summary: dict[str, Any]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kind = summary["config"]["task"]["kind"]
+    kind = summary["config"].get("task", {}).get("kind", "generation")
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

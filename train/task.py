@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +65,7 @@ def _packed(config: Config) -> bool:
 def _text_shapes(config: Config, model: Any, rows: int, length: int) -> dict[str, Any]:
     packed = ("positions", "segment_ids") if _packed(config) else ()
     kinds = dict.fromkeys(("tokens", "targets", *packed), jnp.int32) | {"weights": jnp.float32}
-    return dict(zip(kinds, zip(itertools.repeat((rows, length)), kinds.values()), strict=True))
+    return {name: ((rows, length), kind) for name, kind in kinds.items()}
 
 
 GENERATION = Task(
