@@ -105,7 +105,7 @@ def _into(
 ) -> Sequence[_View | None] | None:
     """The results of an equation as views; None if it is neither a view, nor a product, nor control flow."""
     params, first = equation.params, operands[0]
-    shapes: list[Any] = [getattr(atom.aval, "shape", ()) for atom in equation.invars]
+    shapes = [atom.aval.shape for atom in equation.invars]  # pyright: ignore[reportAttributeAccessIssue]
     match equation.primitive:
         case primitives.dot_general_p:
             return _product(params, operands, found)
@@ -122,11 +122,11 @@ def _into(
             return [views[0] if len(set(views)) == 1 else None for views in zip(*branches, strict=True)]
         case primitives.transpose_p if first:
             axes = tuple(first.axes[axis] for axis in params["permutation"])
-        case primitives.reshape_p if first and params["dimensions"] is None and 0 not in shapes[0]:
-            axes = _reshaped(first.axes, shapes[0], params["new_sizes"])
         case primitives.squeeze_p if first:
             gone: Any = params["dimensions"]
             axes = tuple(axis for at, axis in enumerate(first.axes) if at not in gone)
+        case primitives.reshape_p if first and params["dimensions"] is None and math.prod(shapes[0]):
+            axes = _reshaped(first.axes, shapes[0], params["new_sizes"])
         case primitives.broadcast_in_dim_p if first:
             places = dict(zip(params["broadcast_dimensions"], first.axes, strict=True))
             axes = tuple(places.get(axis, ()) for axis in range(len(params["shape"])))
