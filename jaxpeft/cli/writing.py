@@ -126,4 +126,6 @@ def _described(adapter: Adapter, report: str) -> dict[str, Any]:
 
 def _text(out: str, adapter: Adapter, report: str) -> str:
     count = f"{jaxpeft.count(adapter):,} trained parameters"
-    return "\n".join([f"{out}: {name_of(adapter.spec)}, {count}", str(adapter.spec), report]).rstrip()
+    return "\n".join(
+        [f"{out}: {name_of(adapter.spec)}, {count}", f"{name_of(adapter.spec)}.{adapter.spec}", report]
+    ).rstrip()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -309,13 +308,8 @@ def _combined(parts: Mapping[str, Any], adapted: Sites, whole: Sites) -> Spec:
     """One spec, or a mixed one whose default is the commonest."""
     keys = {name: (part, part.alpha) for name, part in parts.items()}
     ((default, _),) = Counter(keys.values()).most_common(1)
-    overrides = {_pattern(group, adapted, whole): parts[group.name] for group in adapted if keys[group.name] != default}
-    overrides |= {_pattern(group, adapted, whole): full.Spec() for group in whole}
+    overrides = {
+        mixed.pattern(group, adapted, whole): parts[group.name] for group in adapted if keys[group.name] != default
+    }
+    overrides |= {mixed.pattern(group, adapted, whole): full.Spec() for group in whole}
     return mixed.Spec(default=default[0], overrides=overrides) if overrides else default[0]
-
-
-def _pattern(group: Group, *sites: Sites) -> str:
-    """A regular expression for the paths of a group and no others."""
-    pattern = re.escape(group.name).replace(r"\*", "[0-9]+")
-    matched = [path for each in sites for other in each for path in other.paths if re.fullmatch(pattern, path)]
-    return pattern if matched == list(group.paths) else "|".join(map(re.escape, group.paths))

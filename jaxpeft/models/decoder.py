@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxpeft.models.config import Config
+from jaxpeft.models.encoder_config import EncoderConfig
 from jaxpeft.sharding import BATCH
 
 # What attends: (queries (B, S, N, H), keys (B, T, K, H), values (B, T, K, H)) -> (B, S, N, H).
@@ -145,7 +146,10 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.eps)
 
 
-def _linear(config: Config, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(
+    config: Config | EncoderConfig, inputs: int, outputs: int, *, bias: bool = True, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A dense layer of the configuration's types."""
     return nnx.Linear(
         inputs,
         outputs,
@@ -165,10 +169,10 @@ class Attention(nnx.Module):
         hidden = config.hidden_size
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = _linear(config, hidden, queries, bias=config.attention_bias, rngs=rngs)
-        self.k_proj = _linear(config, hidden, keys, bias=config.attention_bias, rngs=rngs)
-        self.v_proj = _linear(config, hidden, keys, bias=config.attention_bias, rngs=rngs)
-        self.o_proj = _linear(config, queries, hidden, bias=config.attention_out_bias, rngs=rngs)
+        self.q_proj = linear(config, hidden, queries, bias=config.attention_bias, rngs=rngs)
+        self.k_proj = linear(config, hidden, keys, bias=config.attention_bias, rngs=rngs)
+        self.v_proj = linear(config, hidden, keys, bias=config.attention_bias, rngs=rngs)
+        self.o_proj = linear(config, queries, hidden, bias=config.attention_out_bias, rngs=rngs)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config)
@@ -192,9 +196,9 @@ class MLP(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         hidden, wide = config.hidden_size, config.intermediate_size
-        self.gate_proj = _linear(config, hidden, wide, bias=config.mlp_bias, rngs=rngs)
-        self.up_proj = _linear(config, hidden, wide, bias=config.mlp_bias, rngs=rngs)
-        self.down_proj = _linear(config, wide, hidden, bias=config.mlp_bias, rngs=rngs)
+        self.gate_proj = linear(config, hidden, wide, bias=config.mlp_bias, rngs=rngs)
+        self.up_proj = linear(config, hidden, wide, bias=config.mlp_bias, rngs=rngs)
+        self.down_proj = linear(config, wide, hidden, bias=config.mlp_bias, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Of `x` (B, S, hidden_size)."""
@@ -242,7 +246,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.vmap(lambda rngs: Layer(config, rngs))(rngs.split(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
         if not config.tie_word_embeddings:
-            self.lm_head = _linear(config, config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
+            self.lm_head = linear(config, config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 
     def __call__(
         self, tokens: jax.Array, *, positions: jax.Array | None = None, segment_ids: jax.Array | None = None

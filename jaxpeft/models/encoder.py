@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxpeft.models.decoder import POLICIES, laid_out, recomputed
+from jaxpeft.models.decoder import POLICIES, laid_out, linear, recomputed
 from jaxpeft.models.encoder_config import EncoderConfig
 
 _ACTIVATIONS = {
@@ -60,28 +60,16 @@ class LayerScale(nnx.Module):
         return x * self.scale[...].astype(x.dtype)
 
 
-def _linear(config: EncoderConfig, inputs: int, outputs: int, rngs: nnx.Rngs, *, bias: bool = True) -> nnx.Linear:
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=bias,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=nnx.initializers.normal(0.02),
-        rngs=rngs,
-    )
-
-
 class Attention(nnx.Module):
     """Self-attention in both directions."""
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         self.heads = config.num_attention_heads
         size, bias = config.hidden_size, config.attention_bias
-        self.query = _linear(config, size, size, rngs, bias=bias)
-        self.key = _linear(config, size, size, rngs, bias=bias)
-        self.value = _linear(config, size, size, rngs, bias=bias)
-        self.out = _linear(config, size, size, rngs)
+        self.query = linear(config, size, size, bias=bias, rngs=rngs)
+        self.key = linear(config, size, size, bias=bias, rngs=rngs)
+        self.value = linear(config, size, size, bias=bias, rngs=rngs)
+        self.out = linear(config, size, size, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         """What `x` (B, S, hidden_size) takes from the tokens it sees."""
@@ -98,8 +86,8 @@ class MLP(nnx.Module):
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         self.act = config.hidden_act
-        self.up = _linear(config, config.hidden_size, config.intermediate_size, rngs)
-        self.down = _linear(config, config.intermediate_size, config.hidden_size, rngs)
+        self.up = linear(config, config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.down = linear(config, config.intermediate_size, config.hidden_size, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Of `x` (B, S, hidden_size)."""
