@@ -12,7 +12,7 @@ from test_convert import MERGED, assert_same_update, model, trained
 
 import jaxpeft
 from jaxpeft.combine import How
-from jaxpeft.methods import METHODS, full, lora, mixed
+from jaxpeft.methods import full, lora, mixed
 
 PRUNED = {
     "ties": {},
@@ -26,12 +26,15 @@ WAYS = {
     **{how: {"density": 1.0, **more} for how, more in PRUNED.items()},
 }
 
+ALWAYS = ("mos", "surm", "ia3", "mixed")
+"""One of each kind of update; `make slow` takes all methods."""
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in METHODS else [pytest.mark.slow]) for n in MERGED])
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ALWAYS else [pytest.mark.slow]) for n in MERGED])
 def test_one_adapter_of_weight_one_is_itself(name) -> None:
     adapter, base = trained(name), model().params
     assert jaxpeft.combine([adapter], [1])[0] is adapter
-    for how in WAYS if name in ("mos", "surm", "ia3", "mixed") else ("svd",):
+    for how in WAYS if name in ALWAYS else ("svd",):
         more = WAYS[how]
         alone, _ = jaxpeft.combine([adapter], [1], how=how, base=base, **more)
         assert_same_update(alone, adapter, 1e-4, base)
