@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moved import moved
 from safetensors.numpy import load_file, save_file
 from tiny_encoder import FIELDS, config_json, made, tensors
 
@@ -261,6 +262,31 @@ class TestParity:
         reference.save_pretrained(folder)
         assert load_file(folder / "model.safetensors")
         return reference, models.load(folder, tokenizer=False)
+
+    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+    def test_an_adapter_in_peft_and_back(self, pair, tmp_path):
+        peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'jaxpeft[parity]'")
+        import torch
+
+        reference, model = pair
+        if model.config.is_vision:
+            pytest.skip("transformers 5 names the modules of vision models otherwise than their files")
+        spec = mos.Spec(rank=3, equivalent_rank=2, shards_per_vector=4)
+        sites = jaxpeft.find(model.params, ["query", "value", "up"])
+        adapter = moved(jaxpeft.init(jax.random.key(0), spec, sites), 0.3)
+        jaxpeft.to_peft(tmp_path / "peft", adapter, base_model="tiny", names=model.torch_name, task_type=None)
+        adapted = peft.PeftModel.from_pretrained(reference, tmp_path / "peft")
+        given = inputs(model.config)
+        call = {"input_ids": torch.tensor(np.asarray(given["tokens"])), "attention_mask": torch.tensor(given["mask"])}
+        with torch.no_grad():
+            expected = adapted(**call).last_hidden_state.numpy()
+        again = jaxpeft.from_peft(tmp_path / "peft", model.params, names=model.torch_name)
+        seen = np.asarray(given["mask"])[..., None]
+        plain = model.hidden(model.params, **given)
+        for one in (adapter, again):
+            found = jaxpeft.adapt(model.hidden)(model.params, one, **given)
+            np.testing.assert_allclose(found * seen, expected * seen, atol=1e-4)
+            assert float(jnp.abs((found - plain) * seen).max()) > 1e-2
 
     def test_hidden_states(self, pair):
         import torch

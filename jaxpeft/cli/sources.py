@@ -63,12 +63,13 @@ def find_adapter(path: str | Path) -> Source:
     return source
 
 
-def adapter(path: str | Path, params: Any = None) -> Adapter:
+def adapter(path: str | Path, params: Any = None, names: Any = None) -> Adapter:
     """The adapter at a path.
 
     Args:
         path: of kind ``adapter``, ``run`` or ``peft``.
         params: the base parameters, compared with the fingerprint of the base; PEFT's files need them.
+        names: torch's names for PEFT's files, as in `jaxpeft.from_peft`.
 
     Raises:
         ValueError: a model lies there; PEFT's files without `params`; an adapter of another base.
@@ -79,7 +80,7 @@ def adapter(path: str | Path, params: Any = None) -> Adapter:
     if params is None:
         base = peft_config(source.path).get("base_model_name_or_path")
         raise ValueError(f"{source.path} is an adapter of PEFT, which says nothing of shapes: pass --model ({base})")
-    return jaxpeft.from_peft(source.path, params)
+    return jaxpeft.from_peft(source.path, params, names=names)
 
 
 def fingerprint(path: str | Path) -> str | None:

@@ -59,14 +59,16 @@ def convert(
     if to == "peft" and not (base_model or model):
         raise ValueError("PEFT's files name their base: pass --model, or --base-model for the name alone")
     sources.find_adapter(adapter)
-    params = sources.params(model)
-    own = sources.adapter(adapter, params)
+    base = None if model is None else sources.model(model)
+    params, names = (None, None) if base is None else (base.params, getattr(base, "torch_name", None))
+    own = sources.adapter(adapter, params, names)
     if to == "peft":
         report = jaxpeft.to_peft(
             out,
             own,
             base_model=str(base_model or model),
             base=params,
+            names=names,
             rank=rank,
             energy=energy,
             dtype=dtype,

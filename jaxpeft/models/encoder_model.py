@@ -119,6 +119,8 @@ class EncoderModel:
     def torch_name(self, path: str) -> str | None:
         """The torch module of an array, ``{}`` for its layer: `names` of `jaxpeft.to_peft` and `from_peft`.
 
+        As in the files. In memory, transformers 5 calls modules of ViT and DINOv2 otherwise.
+
         >>> config = EncoderConfig(family="bert", hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         ...                        num_attention_heads=1)
         >>> random(config, jax.random.key(0)).torch_name("layers/mlp/up/kernel")
