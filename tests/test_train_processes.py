@@ -227,6 +227,7 @@ def test_a_process_that_fails_on_its_own_ends_both(pair, tmp_path, number, heart
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # forty processes start
 def test_killed_twenty_times_it_ends_bit_for_bit_the_same(model, cache, tmp_path):
     def run(name):
         settings = (*SETTINGS, "train.steps=150", "train.checkpoint_every=1", TWO_BY_TWO[0])
