@@ -79,6 +79,9 @@ def test_its_code_runs(finished, model, monkeypatch):
 def test_an_unfinished_run_has_no_card(tmp_path):
     with pytest.raises(RunError, match="the run is not finished"):
         card.write(tmp_path)
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(RunError, match="of an older version"):
+        card.write(tmp_path)
 
 
 def test_export_writes_the_merged_model(finished, model, tmp_path, capsys):

@@ -21,7 +21,12 @@ def write(folder: Path) -> Path:
     """
     if not (folder / "summary.json").exists():
         raise run.RunError(f"{folder}: no summary.json; the run is not finished, start it again to go on")
-    run.write(folder / "README.md", _card(run.json_of(folder / "summary.json")))
+    summary = run.json_of(folder / "summary.json")
+    if "sites" not in summary:
+        raise run.RunError(
+            f"{folder}: summary.json is of an older version, which did not note the sites of the adapter"
+        )
+    run.write(folder / "README.md", _card(summary))
     return folder / "README.md"
 
 
