@@ -163,6 +163,15 @@ def runs(example):
     return [example.tokens[start:stop] for start, stop in edges.reshape(-1, 2)]
 
 
+def test_plain_is_a_line_and_the_answer():
+    tokenizer = tiny.tokenizer()
+    template = Template(tokenizer, "plain")
+    example = template.encode(conversation("a question", "an answer"))
+    assert tokenizer.decode(example.tokens) == "a question\nan answer<|im_end|>"
+    asked = template.prompt([{"role": "user", "content": "a question"}])
+    assert tokenizer.decode(asked) == "a question\n"
+
+
 def test_a_token_across_the_border_is_split_as_at_generation():
     tokenizer = tiny.tokenizer()
     template = Template(tokenizer)

@@ -18,7 +18,7 @@ CHATML = (
 # No roles: what stands before an answer, a newline, the answer.
 PLAIN = (
     "{{ start }}{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}\n{% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
 )
 Messages = Sequence[Mapping[str, str]]
 
