@@ -5,7 +5,7 @@ product for the whole batch, and only the thin ones of the updates are done row 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from jax import Array
 from jaxpeft.adapter import Adapter
 from jaxpeft.apply import adapt
 from jaxpeft.sites import Sites
-from jaxpeft.spec import Spec, name_of
-from jaxpeft.updates import LowRank, Update
+from jaxpeft.spec import Spec
+from jaxpeft.updates import Update
 
 BASE = -1
 """Number of a row that no adapter answers."""
