@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test slow check parity newest clean
+.PHONY: quickstart test slow check parity zoo newest clean
 
 quickstart: .venv/train  ## install, fetch the real model and data, fine-tune, evaluate, write a report
 	$(BIN)/python -m train fit configs/quickstart.yaml
@@ -24,6 +24,10 @@ check: .venv/dev  ## format, lint, types, doctests, documents; warnings are erro
 parity: .venv/parity  ## the tests that ask torch and PEFT for the expected values
 	$(BIN)/python -m pytest -m parity
 
+zoo: .venv-zoo/zoo  ## models of other libraries, adapted as they come; checks docs/models.md
+	JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false" \
+	  .venv-zoo/bin/python tests/flax_zoo.py
+
 newest: .venv-newest/test  ## the library's tests on a newer Python, with the newest jax and flax it can have
 	.venv-newest/bin/python -c "import sys, jax, flax; print('Python', sys.version.split()[0], 'jax', jax.__version__, 'flax', flax.__version__)"
 	.venv-newest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" --ignore-glob="tests/test_train*"
@@ -34,10 +38,16 @@ newest: .venv-newest/test  ## the library's tests on a newer Python, with the ne
 	$(BIN)/$(PIP_INSTALL) -e '.[train,$*]'
 	touch $@
 
+.venv-zoo/zoo: tests/flax_zoo.txt pyproject.toml
+	test -x .venv-zoo/bin/python || $(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/$(PIP_INSTALL) -r tests/flax_zoo.txt
+	.venv-zoo/bin/$(PIP_INSTALL) --no-deps -e .
+	touch $@
+
 .venv-newest/test: pyproject.toml
 	test -x .venv-newest/bin/python || $(NEWEST) -m venv .venv-newest
 	.venv-newest/bin/$(PIP_INSTALL) -e '.[train,test]'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest build runs
+	rm -rf .venv .venv-newest .venv-zoo build runs

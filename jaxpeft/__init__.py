@@ -8,6 +8,7 @@ from jaxpeft.checkpoint import CheckpointError, load, save
 from jaxpeft.combine import combine
 from jaxpeft.convert import to_lora
 from jaxpeft.diagnose import diagnose
+from jaxpeft.hf import from_peft, to_peft
 from jaxpeft.merge import merge, merge_with_report
 from jaxpeft.rates import labels, scale_rates
 from jaxpeft.rite import rite
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "find",
     "fit_budget",
+    "from_peft",
     "init",
     "labels",
     "load",
@@ -44,4 +46,5 @@ __all__ = [
     "sharding",
     "summary",
     "to_lora",
+    "to_peft",
 ]

@@ -13,6 +13,7 @@ from jaxpeft import switches
 from jaxpeft.layout import from_matrix, to_matrix
 from jaxpeft.sites import Group, Sites, flatten, nearest_paths
 from jaxpeft.spec import Spec, method_of, name_of
+from jaxpeft.table import html_table
 from jaxpeft.updates import Update
 from jaxpeft.values import over_stack
 from jaxpeft.weights import Weights
@@ -22,6 +23,8 @@ from jaxpeft.weights import Weights
 @dataclass(frozen=True)
 class Adapter:
     """What `init` makes and everything else takes; a pytree.
+
+    Printing tells the method, the groups and the number of parameters, not the arrays; a notebook shows a table.
 
     Attributes:
         params: {group: {name: array}}, trained. Differentiate with respect to these alone. What belongs to all groups
@@ -35,6 +38,26 @@ class Adapter:
     constants: dict[str, dict[str, Any]]
     spec: Spec = dataclasses.field(metadata={"static": True})
     sites: Sites = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        changed = [
+            f"{field.name}={value!r}"
+            for field in dataclasses.fields(self.spec)
+            if (value := getattr(self.spec, field.name)) != field.default
+        ]
+        method = f"{name_of(self.spec)}({', '.join(changed)})"
+        groups = f"{len(self.sites)} group{'' if len(self.sites) == 1 else 's'}"
+        return f"Adapter({method}, {groups}, {_counted(self.params)})"
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, ...]] = [("group", "layers", "in", "out", "trained", "parameters")]
+        for name, leaves in self.params.items():
+            group = next((group for group in self.sites if group.name == name), None)
+            sizes = ("", "", "") if group is None else (group.layers, group.in_dim, group.out_dim)
+            arrays = flatten(leaves)
+            shapes = ", ".join(f"{leaf} {'x'.join(map(str, array.shape))}" for leaf, array in arrays.items())
+            rows.append((name, *map(str, sizes), shapes, f"{sum(array.size for array in arrays.values()):,}"))
+        return html_table(rows, repr(self))
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other fields."""
@@ -56,6 +79,13 @@ class Adapter:
         return switches.wrap(updates, self.params, self.constants, self.spec, self.sites)
 
 
+def _counted(params: Any) -> str:
+    """How many parameters; a tree may also hold what is no array, for instance where the arrays lie."""
+    leaves = jax.tree.leaves(params)
+    arrays = all(hasattr(leaf, "size") for leaf in leaves)
+    return f"{sum(leaf.size for leaf in leaves):,} trained parameters" if arrays else "no arrays"
+
+
 def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> Adapter:
     """A new adapter.
 
@@ -71,7 +101,7 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> Adapter:
     Raises:
         ValueError: the spec does not fit a site; the message names the nearest value that does.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> params = {"q_proj": {"kernel": jnp.zeros((64, 32))}}

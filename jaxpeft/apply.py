@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 
 from jaxpeft import sharding
 from jaxpeft.adapter import Adapter, by_path, check_base
-from jaxpeft.blocks import Quantized, is_quantized
+from jaxpeft.blocks import Quantized, as_floats, is_quantized
 from jaxpeft.interpret import evaluate
 from jaxpeft.sites import Group, flatten, paths_and_leaves, with_leaves
 from jaxpeft.spec import Spec
@@ -78,7 +78,7 @@ def adapt(fn: Callable, *, shardings: Any = None) -> Callable:
     Warns:
         MaterializeWarning: a weight is consumed by a primitive that has no rule, so W + ΔW is formed there.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> base = {"up": {"kernel": jnp.ones((3, 4))}}
@@ -119,7 +119,7 @@ def explain(fn: Callable, base: Any, adapter: Adapter | Sequence[Adapter], *args
         *args: what ``fn`` takes after the parameters; shapes will do for arrays.
         **kwargs: the same by keyword.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> base = {"up": {"kernel": jnp.ones((3, 4))}}
@@ -161,7 +161,7 @@ def _evaluate(
         return fn(base, *args, **kwargs)
 
     leaves = paths_and_leaves(base)
-    shapes = [_floats(leaf) if is_quantized(leaf) else leaf for _, leaf in leaves]
+    shapes = [as_floats(leaf) for _, leaf in leaves]
     jaxpr, out_shape = jax.make_jaxpr(plain, return_shape=True)(with_leaves(base, shapes), dynamic)
     weights = [values.get(path) or (_quantized(path, leaf) if is_quantized(leaf) else leaf) for path, leaf in leaves]
     with recording() as uses:
@@ -173,14 +173,6 @@ def _evaluate(
             f"{', '.join(unused[:5])}{', …' if len(unused) > 5 else ''}; exclude them in jaxpeft.find"
         )
     return jax.tree.unflatten(jax.tree.structure(out_shape), outputs), uses
-
-
-def _floats(weight: Quantized) -> jax.ShapeDtypeStruct:
-    """The array that a model is traced with in place of a weight in few bits."""
-    at = jax.typeof(weight.codes).sharding
-    if AxisType.Explicit in at.mesh.axis_types:
-        return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=at)
-    return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
 
 
 def _quantized(path: str, weight: Quantized) -> Adapted:

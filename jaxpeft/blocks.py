@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import AxisType
 
 from jaxpeft.formats import KINDS, encode_symmetric
 
@@ -149,6 +150,15 @@ def _in_blocks(array: Array, count: int, axis: int) -> tuple[Array, int]:
 def is_quantized(node: Any) -> bool:
     """Whether a node of a base tree is a weight in few bits: then it is one leaf."""
     return isinstance(node, Quantized)
+
+
+def as_floats(leaf: Any) -> Any:
+    """What a model is traced with in place of a leaf: the shape of its floats where it is in few bits."""
+    if not isinstance(leaf, Quantized):
+        return leaf
+    at = jax.typeof(leaf.codes).sharding
+    explicit = AxisType.Explicit in at.mesh.axis_types
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at if explicit else None)
 
 
 def dequantized(weight: Any) -> Any:

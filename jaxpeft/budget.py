@@ -52,7 +52,7 @@ def fit_budget(spec: Spec, sites: Sites, parameters: int) -> Budget:
     Raises:
         ValueError: the method has no such hyper-parameter, or no value of it fits the other ones and the sites.
 
-    Example:
+    Examples:
         >>> import jax, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> sites = jaxpeft.find({"up": {"kernel": jax.ShapeDtypeStruct((64, 32), "float32")}})

@@ -38,6 +38,7 @@ def save(
     adapter: Adapter,
     *,
     base: Any = None,
+    base_fingerprint: str | None = None,
     overwrite: bool = False,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
@@ -47,6 +48,7 @@ def save(
         path: a folder that does not exist, or is empty.
         adapter: the adapter; each pool is written once.
         base: the parameters it was trained on; their fingerprint lets `load` refuse another base.
+        base_fingerprint: the fingerprint itself, where it is at hand.
         overwrite: whether to replace an adapter that the folder holds.
         extra: anything JSON-able to keep with it; `extra` reads it.
 
@@ -63,7 +65,8 @@ def save(
                 raise FileExistsError(f"{path} holds files that are no adapter; choose another folder")
     with Checkpoints(path, keep=1, asynchronous=False) as checkpoints:
         newest = checkpoints.latest()
-        checkpoints.save(0 if newest is None else newest + 1, adapter, base=base, extra=extra)
+        step = 0 if newest is None else newest + 1
+        checkpoints.save(step, adapter, base=base, base_fingerprint=base_fingerprint, extra=extra)
 
 
 def load(path: str | Path, *, base: Any = None, sharding: Sharding | None = None, shardings: Any = None) -> Adapter:
@@ -91,14 +94,27 @@ def load(path: str | Path, *, base: Any = None, sharding: Sharding | None = None
         return adapter
 
 
+def metadata(path: str | Path) -> dict[str, Any]:
+    """What was noted with the adapter that `load` would read; no array is read.
+
+    Returns:
+        ``spec`` and ``sites`` as dicts (`jaxpeft.methods.spec_from_dict`, `Sites.from_dict`), ``base``, the base's
+        fingerprint or None, ``arrays``, {part: {path: its shape, dtype and sha256}}, ``extra`` and ``metrics``.
+
+    Raises:
+        CheckpointError: there is no adapter, or its metadata is damaged.
+    """
+    with Checkpoints(path, read_only=True) as checkpoints:
+        return checkpoints.metadata(_newest(checkpoints))
+
+
 def extra(path: str | Path) -> dict[str, Any]:
     """What was kept with the adapter that `load` would read.
 
     Raises:
         CheckpointError: there is no adapter, or its metadata is damaged.
     """
-    with Checkpoints(path, read_only=True) as checkpoints:
-        return checkpoints.metadata(_newest(checkpoints))["extra"]
+    return metadata(path)["extra"]
 
 
 class Checkpoints:
@@ -110,7 +126,7 @@ class Checkpoints:
         asynchronous: whether `save` returns before the files are complete.
         read_only: whether the folder must be left as it is.
 
-    Example:
+    Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> base = {"up": {"kernel": jnp.ones((3, 4))}}

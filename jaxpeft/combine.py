@@ -83,7 +83,7 @@ def combine(
         ValueError: an argument is missing, out of range, or not used by `how`; two adapters name one weight with
             different shapes; an update has no factors, or needs the base.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora, mos
         >>> sites = jaxpeft.find({"layers": [{"q_proj": {"kernel": jnp.zeros((64, 32))}} for _ in range(4)]})

@@ -1,6 +1,5 @@
 """Which plain LoRA is an adapter? Exactly one where its updates are low-rank; the nearest one, with its error, else."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +97,7 @@ def to_lora(
         ValueError: neither is given and an update is no product of two factors; both are given; a value is out of
             range; the base is missing or another one; the update cannot be merged at all.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import mos
         >>> sites = jaxpeft.find({"layers": [{"q_proj": {"kernel": jnp.zeros((64, 32))}} for _ in range(4)]})
@@ -262,15 +261,8 @@ def _spec(sites: Sites, ranks: Mapping[str, int]) -> Spec:
     overrides = {}
     for group in others:
         own = ranks.get(group.name)
-        overrides[_pattern(group, sites)] = full.Spec() if own is None else lora.Spec(rank=own, alpha=own)
+        overrides[mixed.pattern(group, sites)] = full.Spec() if own is None else lora.Spec(rank=own, alpha=own)
     return mixed.Spec(default=default, overrides=overrides) if overrides else default
-
-
-def _pattern(group: Group, sites: Sites) -> str:
-    """A regular expression for the paths of a group and no others."""
-    pattern = re.escape(group.name).replace(r"\*", "[0-9]+")
-    matched = [path for other in sites for path in other.paths if re.fullmatch(pattern, path)]
-    return pattern if matched == list(group.paths) else "|".join(map(re.escape, group.paths))
 
 
 def _report(sites: Sites, rows: Mapping[str, Sequence[Factors | Whole]], ranks: Mapping[str, int]) -> Conversion:

@@ -98,7 +98,7 @@ def diagnose(base: Any, tuned: Any, sites: Sites | None = None, *, top: int = 10
     Raises:
         ValueError: a weight is missing, or has another shape.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.diagnose import diagnose
         >>> base = {"up": {"kernel": jnp.eye(8)[:6]}}

@@ -14,7 +14,7 @@ RADIX = 16
 def transform(x: Array) -> Array:
     """H·x over the last axis, of a length P that is a power of two: H is orthonormal (1/√P) and its own inverse.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> transform(jnp.array([3.0, 1.0, 0.0, 0.0])).tolist()
         [2.0, 1.0, 2.0, 1.0]

@@ -43,7 +43,7 @@ def interpret(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Any], needed: Sequence[bo
             formed[atom] = value.materialize()
         return formed[atom]
 
-    for equation, wanted in _live_equations(jaxpr.jaxpr, needed):
+    for equation, wanted in live_equations(jaxpr.jaxpr, needed):
         primitive, results = equation.primitive, NotImplemented
         operands = [read(atom) for atom in equation.invars]
         with equation.ctx.manager, jax.named_scope(str(equation.source_info.name_stack)):
@@ -60,7 +60,7 @@ def interpret(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Any], needed: Sequence[bo
     return [read(atom) if wanted else None for atom, wanted in zip(jaxpr.jaxpr.outvars, needed, strict=True)]
 
 
-def _live_equations(jaxpr: jex.Jaxpr, needed: Sequence[bool]) -> list[tuple[jex.JaxprEqn, list[bool]]]:
+def live_equations(jaxpr: jex.Jaxpr, needed: Sequence[bool]) -> list[tuple[jex.JaxprEqn, list[bool]]]:
     """The equations that the needed outputs depend on, or that have effects, each with the outputs needed of it.
 
     Dead code matters here: nnx.scan hands every weight back from its loop, and a weight must not be formed for that.
@@ -99,7 +99,7 @@ def _remat(params: dict, needed: Sequence[bool], operands: Sequence[Any]) -> lis
 
 
 def _scan(params: dict, needed: Sequence[bool], operands: Sequence[Any]) -> Any:
-    consts, carry, xs = _scan_groups(params, operands)
+    consts, carry, xs = scan_groups(params, operands)
     leading = [rules.stack_axis_first(x) if isinstance(x, Adapted) else x for x in xs]
     if any(x is NotImplemented for x in leading):
         return NotImplemented
@@ -142,7 +142,7 @@ def _filled(results: Sequence[Any], computed: Sequence[bool], passed_on: Mapping
     return [next(remaining) if made else passed_on.get(at) for at, made in enumerate(computed)]
 
 
-def _scan_groups(params: dict, operands: Sequence[Any]) -> tuple[list, list, list]:
+def scan_groups(params: dict, operands: Sequence[Any]) -> tuple[list, list, list]:
     """Operands of a scan as constants, carry and stacked inputs."""
     if "ft_in" in params:  # jax >= 0.11
         consts, carry, xs = (list(group.vals) for group in params["ft_in"].update(operands).unpack())

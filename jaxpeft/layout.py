@@ -22,7 +22,7 @@ def sizes(shape: Sequence[int], layout: str, letter: str) -> tuple[int, ...]:
 def to_matrix(weight: Array | Quantized, layout: str) -> Array:
     """A weight as (*stack, in, out), its in-axes and its out-axes flattened; one in few bits as what it stands for.
 
-    Example:
+    Examples:
         >>> to_matrix(jnp.zeros((2, 3, 8)), "iio").shape, to_matrix(jnp.zeros((5, 4, 3)), "oli").shape
         ((6, 8), (4, 3, 5))
     """

@@ -99,7 +99,7 @@ def step(
     Returns:
         The new parameters and state.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxpeft import loko
         >>> params = {"w": jnp.zeros(2)}

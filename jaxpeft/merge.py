@@ -50,7 +50,7 @@ def merge(base: Any, adapter: Adapter | Sequence[Adapter], *, dequantize: bool =
         ValueError: the base lacks an adapted weight, or it has another shape, or is in few bits: quantizing W + ΔW
             anew would drown most of ΔW.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> base = {"up": {"kernel": jnp.ones((3, 4))}}
@@ -78,13 +78,7 @@ def _merge(
     base: Any, adapter: Adapter | Sequence[Adapter], dequantize: bool
 ) -> tuple[Any, dict[str, tuple[Array, Array]]]:
     """The merged tree, and {path: (largest error, lost share)}."""
-    adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
-    leaves = flatten(base)
-    changes: dict[str, tuple[Group, tuple[Update, ...]]] = {}
-    for one in adapters:
-        check_base(one.sites, leaves)
-        for path, (group, update) in by_path(one).items():
-            changes[path] = group, (*changes.get(path, (group, ()))[1], update)
+    leaves, changes = flatten(base), changed(base, adapter)
     quantized = [path for path in changes if is_quantized(leaves[path])]
     if quantized and not dequantize:
         raise ValueError(
@@ -97,12 +91,29 @@ def _merge(
     return with_leaves(base, tree), {path: errors for path, (_, errors) in merged.items()}
 
 
+def changed(base: Any, adapter: Adapter | Sequence[Adapter]) -> dict[str, tuple[Group, tuple[Update, ...]]]:
+    """{path: (group, updates)} of every weight that the adapters change; a ValueError if the base lacks one."""
+    leaves = flatten(base)
+    changes: dict[str, tuple[Group, tuple[Update, ...]]] = {}
+    for one in [adapter] if isinstance(adapter, Adapter) else adapter:
+        check_base(one.sites, leaves)
+        for path, (group, update) in by_path(one).items():
+            changes[path] = group, (*changes.get(path, (group, ()))[1], update)
+    return changes
+
+
+def merged_matrix(layout: str, weight: Array | Quantized, updates: tuple[Update, ...]) -> Array:
+    """W + Σ ΔW of one array as (*stack, in, out), float32."""
+    frozen = to_matrix(weight, layout).astype(jnp.float32)
+    return over_stack(materialize, layout.count("l"))(updates, frozen)
+
+
 @partial(jax.jit, static_argnums=0)
 def _merge_one(
     group: Group, weight: Array | Quantized, updates: tuple[Update, ...]
 ) -> tuple[Array, tuple[Array, Array]]:
     frozen = to_matrix(weight, group.layout).astype(jnp.float32)
-    exact = over_stack(materialize, len(group.sizes("l")))(updates, frozen)
+    exact = merged_matrix(group.layout, weight, updates)
     merged = exact.astype(weight.dtype)
     error, change = merged.astype(jnp.float32) - exact, jnp.linalg.norm(exact - frozen)
     lost = jnp.linalg.norm(error) / jnp.where(change > 0, change, jnp.inf)

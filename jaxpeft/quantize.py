@@ -1,7 +1,7 @@
 """4-bit and 8-bit base weights: a base tree some of whose weights are codes and scales, used in place of the floats."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ def quantize(
     selection: Selection = ALL_LINEAR,
     exclude: Selection | None = None,
     layouts: Mapping[str, str] | None = None,
+    model: Callable[[Any], Any] | None = None,
 ) -> Any:
     """The base with the selected weights in few bits; `jaxpeft.adapt` takes it in place of the floats.
 
@@ -42,6 +43,7 @@ def quantize(
             ``["all-linear", "embed"]``.
         exclude: as in `jaxpeft.find`.
         layouts: as in `jaxpeft.find`.
+        model: as in `jaxpeft.find`.
 
     Returns:
         A new tree with `Quantized` in place of the selected weights, laid out over a mesh as these were; everything
@@ -51,7 +53,7 @@ def quantize(
         ValueError: from `jaxpeft.find`; an unknown kind, a block that does not divide the axis or that the format does
             not have, a vector, or a weight that is quantized already.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> base = {"up": {"kernel": jnp.linspace(-1, 1, 64 * 8).reshape(64, 8)}}
         >>> small = jaxpeft.quantize.quantize(base, "nf4")
@@ -67,7 +69,8 @@ def quantize(
         near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0)
         raise ValueError(f"quantize: kind {kind!r} is not known; one of {', '.join(KINDS)}; nearest: {near[0]!r}")
     format, leaves = KINDS[kind], flatten(base)
-    chosen = {path: group for group in find(base, selection, exclude=exclude, layouts=layouts) for path in group.paths}
+    sites = find(base, selection, exclude=exclude, layouts=layouts, model=model)
+    chosen = {path: group for group in sites for path in group.paths}
     plans = {}
     for path, group in chosen.items():
         if is_quantized(leaves[path]):
@@ -92,7 +95,7 @@ def quantize(
 def dequantize(base: Any) -> Any:
     """The base with every weight as the floats it stands for, in the dtype that it was quantized from.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxpeft
         >>> base = jaxpeft.quantize.quantize({"up": {"kernel": jnp.eye(64)}}, "q8_0")
         >>> float(jnp.abs(jaxpeft.quantize.dequantize(base)["up"]["kernel"] - jnp.eye(64)).max()) < 1e-3

@@ -12,7 +12,7 @@ from jaxpeft.spec import nearest
 def labels(params: Any) -> Any:
     """The trained arrays' names in place of the arrays, for `optax.multi_transform` and the like.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> sites = jaxpeft.find({"up": {"kernel": jnp.ones((3, 4))}})
@@ -35,7 +35,7 @@ def scale_rates(factors: Mapping[str, float]) -> optax.GradientTransformation:
     Raises:
         ValueError: from `init`, if no array has one of the names.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax
         >>> optimizer = optax.chain(optax.sgd(0.1), scale_rates({"b": 16}))
         >>> params = {"up/kernel": {"a": jnp.ones(1), "b": jnp.ones(1)}}

@@ -77,7 +77,7 @@ def rite(
     Raises:
         ValueError: from `init`, if the parameters are anything but {group: {"a": (L, r, in), "b": (L, r, out)}}.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> from jaxpeft.rite import rite

@@ -44,7 +44,7 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
         return NotImplemented
     if backwards and any(update.on_output for update in value.updates):
         raise ValueError(f"{value.site}: an adapter behind a layer's output, but here its transpose is multiplied")
-    record(value, "dot_general", fused=True)
+    record(value, "dot_general, transposed" if backwards else "dot_general", fused=True)
 
     outs = value.axes("i" if backwards else "o")
     additive = all(update.additive for update in value.updates)

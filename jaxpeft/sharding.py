@@ -36,7 +36,7 @@ BATCH = ("data", "fsdp")
 def of(base: Any) -> Any:
     """The sharding of every array of a tree, as a tree; arrays and `jax.ShapeDtypeStruct`s that have one.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> of({"up": {"kernel": jnp.ones((3, 4))}})["up"]["kernel"].is_fully_replicated
         True
@@ -59,7 +59,7 @@ def from_rules(params: Any, mesh: Mesh, rules: Rules, *, strict: bool = True) ->
     Raises:
         ValueError: the rules fit nothing (with the nearest paths), have more axes than an array, or do not divide it.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jax.sharding import PartitionSpec as P
         >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
@@ -108,7 +108,7 @@ def adapter(of: Adapter, shardings: Any) -> Adapter:
     Returns:
         An adapter of `NamedSharding`s, e.g. for ``jax.device_put(adapter, jaxpeft.sharding.adapter(adapter, …))``.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jax.sharding import PartitionSpec as P
         >>> from jaxpeft.methods import lora

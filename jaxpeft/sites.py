@@ -11,15 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.blocks import is_quantized
+from jaxpeft.blocks import as_floats, is_quantized
 from jaxpeft.layout import sizes
-from jaxpeft.table import table
+from jaxpeft.names import StackedTrees, is_head, is_linear, layout_by_name
+from jaxpeft.table import html_table, table
+from jaxpeft.usage import Usage, usage
 
 Selection = str | Sequence[str] | Callable[[str, Any], bool]
 
 ALL_LINEAR = "all-linear"
-HEADS = ("lm_head", "head", "output_head", "classifier", "score")
-"""Module names that `"all-linear"` leaves out: a model's output head is trained whole or not at all."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,18 @@ class Sites:
         return sum(group.layers * group.in_dim * group.out_dim for group in self)
 
     def __str__(self) -> str:
+        rows, total = self._table()
+        return "\n".join([*table(rows), total])
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[list[tuple[str, ...]], str]:
         rows = [("group", "layers", "in", "out", "layout", "shape")]
         for g in self:
             shape = "x".join(map(str, g.shape))
             rows.append((g.name, str(g.layers), str(g.in_dim), str(g.out_dim), g.layout, shape))
-        return "\n".join([*table(rows), f"{sum(g.layers for g in self)} weights, {self.size:,} base parameters"])
+        return rows, f"{sum(g.layers for g in self)} weights, {self.size:,} base parameters"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description, read back by `from_dict`."""
@@ -123,6 +130,7 @@ def find(
     exclude: Selection | None = None,
     layers: Iterable[int] | None = None,
     layouts: Mapping[str, str] | None = None,
+    model: Callable[[Any], Any] | None = None,
 ) -> Sites:
     r"""Finds the weights to adapt and groups them by module type over the layers.
 
@@ -135,14 +143,17 @@ def find(
         exclude: leaves to leave out again, said in the same four ways.
         layers: numbers of the layers to adapt, from 0; all of them by default. They count the numbered modules of an
             unrolled model and the entries of the first stack axis of a stacked one.
-        layouts: declared layouts, regular expression over the path → one letter an axis (see `Group`). Needed for
-            arrays that no built-in layout covers: kernels stored as (out, in), ``"oi"``; experts, ``"lio"``; raw einsum
-            parameters; stack axes other than the leading one, ``"ilo"``.
+        layouts: declared layouts, regular expression over the path → one letter an axis (see `Group`). Needed, unless
+            `model` shows them, for arrays that no built-in layout covers: kernels stored as (out, in), ``"oi"``;
+            experts, ``"lio"``; raw einsum parameters; stack axes other than the leading one, ``"ilo"``.
+        model: a function of the parameters alone, such as ``lambda params: apply(params, tokens)``. It is traced, not
+            run, and its products tell which arrays are linear weights and what their axes mean, whatever they are
+            called; only `layouts` overrule it.
 
     Built in, by Flax's names: ``kernel`` of Dense, ``embedding`` of Embed, and the ``query``, ``key``, ``value`` and
     ``out`` kernels of the attention modules. A leading stack axis is read off the subtree itself (every leaf begins
     with the same size, and a norm's scale or a Dense's bias has two axes); what is not certain is an error that asks
-    for a declaration.
+    for `layouts` or `model`.
 
     Returns:
         The sites, in the order of the tree.
@@ -151,7 +162,7 @@ def find(
         ValueError: nothing matches (the message lists near misses), an excluded pattern, a listed name or a declared
             layout matches nothing, a layout is unknown or does not fit, a layer number is out of range.
 
-    Example:
+    Examples:
         >>> import jax, jaxpeft
         >>> kernel = jax.ShapeDtypeStruct((64, 32), "float32")
         >>> params = {"layers": [{"q_proj": {"kernel": kernel}, "v_proj": {"kernel": kernel}} for _ in range(2)]}
@@ -159,13 +170,28 @@ def find(
         group                   layers  in  out  layout  shape
         layers/*/q_proj/kernel  2       64  32   io      64x32
         2 weights, 4,096 base parameters
+
+        A weight that no name explains, stored as (out, in):
+
+        >>> import jax.numpy as jnp
+        >>> print(jaxpeft.find({"w": kernel}, model=lambda params: jnp.ones((1, 32)) @ params["w"].T))
+        group  layers  in  out  layout  shape
+        w      1       32  64   oi      64x32
+        1 weights, 2,048 base parameters
     """
     leaves = flatten(params)
     declared = _declared_layouts(leaves, layouts or {})
-    stacked = _StackedTrees(leaves)
-    chosen = _select(leaves, selection, "selection", declared, stacked)
+    used = None if model is None else _usage(model, params)
+    stacked = StackedTrees(leaves)
+
+    def linear(path: str) -> bool:
+        if used is None:
+            return path in declared or is_linear(path, leaves[path].shape, stacked)
+        return path in declared or (used[path].linear and not is_head(path))
+
+    chosen = _select(leaves, selection, "selection", linear)
     if exclude is not None:
-        excluded = set(_select(leaves, exclude, "exclude", declared, stacked))
+        excluded = set(_select(leaves, exclude, "exclude", linear))
         if not excluded & set(chosen):
             raise ValueError(f"exclude={exclude!r} leaves out nothing that selection={selection!r} matched")
         chosen = [path for path in chosen if path not in excluded]
@@ -177,7 +203,11 @@ def find(
         leaf = leaves[path]
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"{path} holds {leaf.dtype}; only floating-point weights can be adapted")
-        layout = declared.get(path) or _built_in_layout(path, leaf.shape, stacked)
+        layout = (
+            declared.get(path) or (used[path].layout if used else None) or layout_by_name(path, leaf.shape, stacked)
+        )
+        if layout is None:
+            raise ValueError(_uncertain(path, leaf.shape, used))
         name, layer = _module_type(path)
         members.setdefault((name, tuple(leaf.shape), layout), []).append((path, layer))
     names = [name for name, _, _ in members]
@@ -189,6 +219,18 @@ def find(
             groups.append(group)
     _check_layers(wanted, groups)
     return Sites(tuple(groups))
+
+
+def layouts_of(params: Any, layouts: Mapping[str, str] | None = None) -> dict[str, str]:
+    """{path: layout} of every floating-point array whose axes are certain: declared, or known by Flax's names."""
+    leaves = flatten(params)
+    declared, stacked = _declared_layouts(leaves, layouts or {}), StackedTrees(leaves)
+    found = {
+        path: declared.get(path) or layout_by_name(path, leaf.shape, stacked)
+        for path, leaf in leaves.items()
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    return {path: layout for path, layout in found.items() if layout is not None}
 
 
 def flatten(params: Any) -> dict[str, Any]:
@@ -207,18 +249,39 @@ def with_leaves(tree: Any, leaves: Sequence[Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_quantized), leaves)
 
 
+def _usage(model: Callable[[Any], Any], params: Any) -> dict[str, Usage]:
+    """How the model uses each leaf, by its path."""
+    named = paths_and_leaves(params)
+    shapes = with_leaves(params, [as_floats(leaf) for _, leaf in named])
+    return usage(model, shapes, [path for path, _ in named])
+
+
+def _uncertain(path: str, shape: tuple[int, ...], used: Mapping[str, Usage] | None) -> str:
+    """Why the layout of a leaf is not known, and what would tell it."""
+    if not shape:
+        return f"{path} has shape (): a single number is no site; select the weight beside it"
+    example = "l" * (len(shape) - 2) + "io"
+    declare = f"layouts={{{_module_type(path)[0].replace('*', '.*')!r}: {example!r}}}"
+    if used is not None:
+        how = ", ".join(dict.fromkeys(used[path].others)) or "nothing"
+        return (
+            f"{path}, shape {tuple(shape)}, enters {how} in the model, which tells no layout; exclude it, or declare, "
+            f"one letter an axis (i in, o out, l stack), for example {declare}"
+        )
+    return (
+        f"the axes of {path}, shape {tuple(shape)}, are not certain from its name; exclude it, let find read them off "
+        "the model with model=lambda params: apply(params, inputs), or declare them, one letter an axis (i in, o out, "
+        f"l stack), for example {declare}"
+    )
+
+
 def _select(
     leaves: Mapping[str, Any],
     selection: Selection,
     argument: str,
-    declared: Mapping[str, str],
-    stacked: "_StackedTrees",
+    linear: Callable[[str], bool],
 ) -> list[str]:
     """Paths that one selection matches; an error if there are none."""
-
-    def linear(path: str) -> bool:
-        return path in declared or _is_linear(path, len(leaves[path].shape), stacked)
-
     if isinstance(selection, str):
         if selection == ALL_LINEAR:
             chosen = [path for path in leaves if linear(path)]
@@ -240,12 +303,6 @@ def _select(
             f"{argument}={what!r} matches none of {len(leaves)} arrays; {nearest_paths(str(what), leaves)}"
         )
     return chosen
-
-
-def _is_linear(path: str, axes: int, stacked: "_StackedTrees") -> bool:
-    """A kernel of Dense or attention; from four axes on it is a convolution's."""
-    module, leaf = ["", *path.split("/")][-2:]
-    return leaf == "kernel" and module not in HEADS and 2 <= axes - stacked.holds(path) <= 3
 
 
 def _ends_with(path: str, name: str) -> bool:
@@ -314,60 +371,6 @@ def _declared_layouts(leaves: Mapping[str, Any], layouts: Mapping[str, str]) -> 
                 raise ValueError(f"layout {layout!r} has {len(layout)} letters, but {path} has shape {tuple(shape)}")
             declared.setdefault(path, layout)
     return declared
-
-
-def _built_in_layout(path: str, shape: tuple[int, ...], stacked: "_StackedTrees") -> str:
-    """Layout of a leaf by Flax's names."""
-    lead = "l" if stacked.holds(path) else ""
-    module, leaf = (["", *path.split("/")])[-2:]
-    axes = len(shape) - len(lead)
-    if leaf == "embedding" and axes == 2:
-        return lead + "io"
-    if leaf == "kernel":
-        if axes == 2:
-            return lead + "io"
-        if axes == 3 and module in ("query", "key", "value"):
-            return lead + "ioo"
-        if axes == 3 and module == "out":
-            return lead + "iio"
-    if axes == 1:
-        return lead + "o"
-    if axes < 1:
-        raise ValueError(f"{path} has shape {tuple(shape)}: a single number is no site; select the weight beside it")
-    example = "l" * (len(shape) - 2) + "io"
-    raise ValueError(
-        f"the axes of {path}, shape {tuple(shape)}, are not certain from its name; declare them, one letter an axis "
-        f"(i in, o out, l stack), for example layouts={{{_module_type(path)[0].replace('*', '.*')!r}: {example!r}}}"
-    )
-
-
-class _StackedTrees:
-    """Tells which leaves lie in a subtree whose every array is stacked over layers on its leading axis."""
-
-    def __init__(self, leaves: Mapping[str, Any]) -> None:
-        self.shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-        self.known: dict[str, bool] = {}
-
-    def holds(self, path: str) -> bool:
-        steps = path.split("/")
-        return any(self._is_stacked("/".join(steps[:depth])) for depth in range(len(steps) - 1, 0, -1))
-
-    def _is_stacked(self, tree: str) -> bool:
-        if tree not in self.known:
-            inside = {path: shape for path, shape in self.shapes.items() if path.startswith(f"{tree}/")}
-            sizes = {shape[:1] for shape in inside.values()}
-            self.known[tree] = len(sizes) == 1 and sizes != {()} and any(map(self._shows_a_stack, inside))
-        return self.known[tree]
-
-    def _shows_a_stack(self, path: str) -> bool:
-        """A vector of the module's own has two axes: a norm's scale, or the bias of a Dense."""
-        module, _, leaf = path.rpartition("/")
-        shape = self.shapes[path]
-        if leaf == "scale":
-            return len(shape) == 2
-        kernel = self.shapes.get(f"{module}/kernel", ())
-        dense = len(kernel) == 3 and shape == (kernel[0], kernel[2]) and shape != kernel[1:]
-        return leaf == "bias" and len(shape) == 2 and dense
 
 
 def _group_of(

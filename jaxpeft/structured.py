@@ -34,7 +34,7 @@ class Circulant(Update):
         in_dim: in, p · n or, with one block, at most n.
         out_dim: out, likewise.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> update = Circulant(jnp.arange(3.0)[None, None], in_dim=3, out_dim=3)
         >>> update.delta().T.tolist()
@@ -71,7 +71,7 @@ class Toeplitz(Update):
         t: (..., in + out - 1), from t_{1-in} to t_{out-1}.
         in_dim: in.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> Toeplitz(jnp.arange(4.0), in_dim=3).delta().T.tolist()
         [[2.0, 1.0, 0.0], [3.0, 2.0, 1.0]]

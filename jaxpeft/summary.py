@@ -9,7 +9,7 @@ import numpy as np
 from jaxpeft.adapter import Adapter
 from jaxpeft.sites import Group
 from jaxpeft.spec import SHARED, method_of, name_of
-from jaxpeft.table import table
+from jaxpeft.table import html_table, table
 from jaxpeft.updates import Update
 from jaxpeft.values import over_stack
 
@@ -63,6 +63,14 @@ class Summary:
         return sum(row.stored_bytes for row in self.rows)
 
     def __str__(self) -> str:
+        rows, total = self._table()
+        return "\n".join([f"{name_of(self.spec)}.{self.spec!r}", *table(rows), total])
+
+    def _repr_html_(self) -> str:
+        rows, total = self._table()
+        return html_table(rows, f"{name_of(self.spec)}: {total}")
+
+    def _table(self) -> tuple[list[tuple[str, ...]], str]:
         lines: list[tuple[str, ...]] = [
             ("group", "layers", "in", "out", "trained", "stored", "expanded", "share of base", "dead", "column rank")
         ]
@@ -76,7 +84,7 @@ class Summary:
         groups = [row.group for row in self.rows if row.group is not None]
         share = self.trained / sum(group.layers * group.in_dim * group.out_dim for group in groups)
         total = f"{self.trained:,} trained parameters, {share:.3%} of the adapted weights; {self.stored_bytes:,} bytes"
-        return "\n".join([f"{name_of(self.spec)}.{self.spec!r}", *table(lines), total])
+        return lines, total
 
 
 def summary(adapter: Adapter) -> Summary:
@@ -85,7 +93,7 @@ def summary(adapter: Adapter) -> Summary:
     Args:
         adapter: any adapter, of arrays or of shapes.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lora
         >>> sites = jaxpeft.find({"up": {"kernel": jnp.zeros((64, 32))}})

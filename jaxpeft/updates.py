@@ -89,7 +89,7 @@ class LowRank(Update):
         b: (..., r, out)
         scale: (...)
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> update = LowRank(a=jnp.ones((2, 3)), b=jnp.ones((2, 5)), scale=jnp.float32(0.5))
         >>> update.delta().shape, float(update.delta()[0, 0])
@@ -148,7 +148,7 @@ class Kronecker(Update):
         pieces: (..., in_k, out_k) matrices, or low-rank updates for them; Π in_k = in and Π out_k = out.
         scale: (...)
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> update = Kronecker((jnp.ones((2, 3)), jnp.ones((4, 5))), scale=jnp.float32(1))
         >>> update.delta().shape, update.delta_matmul(jnp.ones((7, 8))).shape

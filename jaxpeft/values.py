@@ -125,7 +125,8 @@ class Use:
 
     Attributes:
         site: path of the weight.
-        primitive: name of the JAX primitive.
+        primitive: name of the JAX primitive. A product over the out-axes is "dot_general, transposed": a tied head, or
+            a layout that has in and out the wrong way round.
         fused: whether nothing was formed that the updates do not need; otherwise the weight was.
     """
 

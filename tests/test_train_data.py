@@ -275,14 +275,14 @@ def test_fixed_batches_hold_every_row_once_in_few_shapes():
 def test_the_iterator_resumes_anywhere():
     examples = examples_of(LENGTHS)
     batches = data.plan(LENGTHS, Data(source="x", max_length=64), Train(steps=20, batch_size=4))
-    whole = list(data.iterate(batches, examples, packed=False))
+    whole = list(data.iterate(batches, lambda batch: data.collate(batch, examples)))
     assert len(whole) == 20
     for stop in (0, 1, 7, 19):
-        first = data.iterate(batches, examples, packed=False)
+        first = data.iterate(batches, lambda batch: data.collate(batch, examples))
         for _ in range(stop):
             next(first)
         state = json.loads(json.dumps(first.get_state()))
-        second = data.iterate(batches, examples, packed=False)
+        second = data.iterate(batches, lambda batch: data.collate(batch, examples))
         second.set_state(state)
         for found, expected in zip(second, whole[stop:], strict=True):
             np.testing.assert_array_equal(found["tokens"], expected["tokens"])

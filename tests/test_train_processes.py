@@ -131,7 +131,7 @@ with together():
                   {"fsdp": 2, "sequence": 2}, {"fsdp": 1, "sequence": 4}):
         mesh = devices.mesh(Mesh(**sizes))
         rows = devices.rows_here(mesh, 8)
-        local = next(data.iterate([batch], examples, packed=False, rows=rows))
+        local = next(data.iterate([batch], lambda batch, rows=rows: data.collate(batch, examples, rows=rows)))
         assert len(local["tokens"]) == len(rows), (sizes, len(local["tokens"]))
         for name, array in devices.shard(local, mesh, 8).items():
             assert array.shape == whole[name].shape

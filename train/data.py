@@ -3,8 +3,9 @@
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import numpy as np
@@ -86,9 +87,9 @@ def bucket_lengths(lengths: Sequence[int], count: int, multiple: int = MULTIPLE)
     return best[-1][1]
 
 
-def input_lengths(examples: Sequence[Example]) -> np.ndarray:
-    """Positions each example takes: all its tokens but the last, which is only a target. (n,)"""
-    return np.array([len(example) - 1 for example in examples])
+def input_lengths(examples: Sequence[Any]) -> np.ndarray:
+    """Positions each example takes, (n,)."""
+    return np.array([example.positions for example in examples])
 
 
 def plan(lengths: np.ndarray, data: Data, train: Train, multiple: int = MULTIPLE) -> list[Batch]:
@@ -195,19 +196,17 @@ def collate(
     return arrays
 
 
-def iterate(
-    batches: Sequence[Batch], examples: Sequence[Example], packed: bool, rows: Sequence[int] | None = None
-) -> grain.DatasetIterator:
+def iterate(batches: Sequence[Batch], collate: Callable[[Batch], dict[str, np.ndarray]]) -> grain.DatasetIterator:
     """The collated batches; `get_state()` and `set_state()` of the iterator carry its position, a JSON-able dict."""
-    source = grain.MapDataset.source(batches).map(lambda batch: collate(batch, examples, packed, rows))
+    source = grain.MapDataset.source(batches).map(collate)
     return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
-def fingerprint(examples: Sequence[Example]) -> str:
-    """Checksum of the tokens and of what is learned: a run goes on only with the data it began with."""
+def fingerprint(examples: Sequence[Any]) -> str:
+    """Checksum of the examples' content: a run goes on only with the data it began with."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(np.int64(len(example)).tobytes() + example.tokens.tobytes() + example.learned.tobytes())
+        digest.update(example.content)
     return digest.hexdigest()
 
 

@@ -1,10 +1,12 @@
 """What an adapter is worth on held-out rows: loss, choice between answers, exact match of generated answers."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -13,9 +15,11 @@ import jaxpeft
 from jaxpeft.adapter import Adapter
 from train import data, devices
 from train.generate import Generator
-from train.job import Job
 from train.rows import DataError
 from train.template import Example, choices
+
+if TYPE_CHECKING:
+    from train.job import Job
 
 NUMBER = re.compile(r"####\s*[^\d\s.-]?\s*(-?[\d,]*\.?\d+)")
 

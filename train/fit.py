@@ -9,9 +9,8 @@ from rich.table import Table
 
 import jaxpeft
 from jaxpeft.adapter import Adapter
-from train import devices, job, loop, optim, report, run
+from train import card, devices, job, loop, optim, report, run
 from train.config import Config
-from train.evaluate import Evaluator
 
 
 def fit(config: Config, console: Console) -> Path:
@@ -29,7 +28,7 @@ def fit(config: Config, console: Console) -> Path:
     if jax.process_index() == 0:
         run.claim(folder, config, _run_bytes(made, config.train.keep))
 
-    evaluator = Evaluator(made)
+    evaluator = made.task.evaluator(made)
     if (folder / "before.json").exists():
         before = run.json_of(folder / "before.json")
     else:
@@ -44,7 +43,7 @@ def fit(config: Config, console: Console) -> Path:
     # Of the same few rows in the same batches: only then is the same adapter bound to give the identical number.
     rows = config.train.evaluate_rows
     expected = evaluator.loss(adapter, rows)
-    extra = {"tokenizer": made.template.fingerprint}
+    extra = {"tokenizer": made.template.fingerprint, "task": config.task.kind, "outputs": list(made.outputs)}
     jaxpeft.save(folder / "adapter", adapter, base=made.base, overwrite=True, extra=extra)
     found = evaluator.loss(trained(made, folder), rows)
     if found != expected:
@@ -56,11 +55,14 @@ def fit(config: Config, console: Console) -> Path:
         results |= {f"{name}_after": value for name, value in after.items()}
         results |= {
             "trainable_parameters": jaxpeft.count(adapter),
+            "head_parameters": job.head_size(adapter),
             "adapter_bytes": sum(file.stat().st_size for file in (folder / "adapter").rglob("*") if file.is_file()),
             "peak_memory_bytes": devices.peak_memory_bytes(),
+            "sites": adapter.sites.to_dict(),
         }
         run.write_json(folder / "summary.json", report.summary(folder, results))
         page = report.write(folder)
+        card.write(folder)
         show(console, folder)
         console.print(f"adapter  {folder / 'adapter'}\nreport   {page}", highlight=False)
     return folder

@@ -1,6 +1,9 @@
 """Answers to prompts, with or without an adapter."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -8,7 +11,9 @@ import numpy as np
 import jaxpeft
 from jaxpeft.adapter import Adapter
 from train import data, devices
-from train.job import Subject
+
+if TYPE_CHECKING:
+    from train.job import Subject
 
 
 class Generator:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 import jaxpeft
 from jaxpeft import models
 from jaxpeft.adapter import Adapter
-from train import data, devices, optim, rows
+from jaxpeft.methods import full, mixed
+from jaxpeft.models.encoder_model import HEAD
+from jaxpeft.spec import Spec
+from train import data, devices, optim, task
 from train.config import Config, ConfigError
-from train.rows import Row
-from train.template import Example, Template
+from train.task import Task
 
 
 @dataclass(frozen=True)
@@ -25,19 +27,24 @@ class Subject:
 
     Attributes:
       mesh: all devices.
-      model: the language model; its functions take the parameters, so `base` is held here once.
+      model: a language model, or an encoder; its functions take the parameters, so `base` is held here once.
       base: its frozen parameters, loaded straight to their shards.
-      adapter: new, so the adapted model is the base model.
+      adapter: new, so the adapted model is the base model. It trains a head as a whole.
       key: random key of the dropout.
-      template: turns conversations into tokens; None where all is shapes.
+      losses: (params, **arrays of a batch without its weights) -> losses of the shape of the weights.
+      outputs: names of the outputs of the head; empty where there is none.
+      template: turns rows into examples: a `Template` of conversations, or what its task has instead; None where all is
+        shapes.
     """
 
     mesh: Mesh
-    model: models.LanguageModel
+    model: Any
     base: Any
     adapter: Adapter
     key: jax.Array
-    template: Template | None = None
+    losses: Callable
+    outputs: tuple[str, ...] = ()
+    template: Any = None
 
     @property
     def shardings(self) -> Any:
@@ -62,37 +69,42 @@ class Job(Subject):
     """
 
     config: Config
-    examples: Sequence[Example]
+    examples: Sequence[Any]
     lengths: np.ndarray
     batches: Sequence[data.Batch]
-    held_out: Sequence[Row]
-    held_out_examples: Sequence[Example]
+    held_out: Sequence[Any]
+    held_out_examples: Sequence[Any]
     notes: Sequence[str]
 
     @property
-    def packed(self) -> bool:
-        """Whether sequences hold several rows."""
-        return self.config.data.batching == "pack"
+    def task(self) -> Task:
+        """What is learned."""
+        return task.of(self.config)
+
+    def collate(self, batch: data.Batch, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+        """The arrays of a training batch, or of some of its sequences."""
+        return self.task.collate(batch, self.examples, self.config, self.template, rows)
 
 
-def subject(config: Config, weights: bool = True) -> Subject:
-    """Loads the model and makes the adapter; without `weights`, both are shapes only."""
+def subject(config: Config, weights: bool = True, train_rows: Sequence[Any] | None = None) -> Subject:
+    """Loads the model and makes the adapter.
+
+    Args:
+      config: the run.
+      weights: False gives shapes in place of arrays.
+      train_rows: what the outputs of a head are named after, where the configuration does not name them.
+    """
     mesh = devices.mesh(config.mesh)
-    model = _pretrained(config, mesh, weights)
+    outputs = task.of(config).outputs(config, train_rows)
+    model = _prepared(config, _pretrained(config, mesh, weights), outputs)
     # Made on the mesh, because a random key cannot be moved to other processes.
     keys = jax.jit(
         lambda: tuple(jax.random.split(jax.random.key(config.train.seed))), out_shardings=devices.everywhere(mesh)
     )
     adapter_key, dropout_key = keys()
-    adapter = _adapter(config, model, adapter_key, weights)
-    return Subject(
-        mesh,
-        model,
-        model.params,
-        adapter,
-        dropout_key,
-        Template(model.tokenizer, config.data.template, embedded=model.config.vocab_size),
-    )
+    adapter = _adapter(config, model, outputs, adapter_key, weights)
+    losses, template = task.of(config).losses(config, model), task.of(config).reader(config, model)
+    return Subject(mesh, model, model.params, adapter, dropout_key, losses, outputs, template)
 
 
 def of_shapes(config: Config, mesh: Mesh) -> Subject:
@@ -106,12 +118,46 @@ def of_shapes(config: Config, mesh: Mesh) -> Subject:
         model = _quantized(config, models.shapes(shape, mesh=mesh, source=config.model.name))
     else:
         model = _pretrained(config, mesh, weights=False)
+    outputs = task.of(config).outputs(config, None)
+    model = _prepared(config, model, outputs)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=devices.everywhere(mesh))
-    return Subject(mesh, model, model.params, _adapter(config, model, key, weights=False), key)
+    adapter = _adapter(config, model, outputs, key, weights=False)
+    return Subject(mesh, model, model.params, adapter, key, task.of(config).losses(config, model), outputs)
 
 
-def _pretrained(config: Config, mesh: Mesh, weights: bool) -> models.LanguageModel:
+def with_head(spec: Spec, outputs: Sequence[str]) -> Spec:
+    """The spec of an adapter that also trains a head whole, if there is one."""
+    if not outputs:
+        return spec
+    head = (f"{HEAD}/.*", full.Spec())
+    if isinstance(spec, mixed.Spec):
+        return dataclasses.replace(spec, overrides=(head, *spec.overrides))
+    return mixed.Spec(default=spec, overrides=(head,))
+
+
+def head_size(adapter: Adapter) -> int:
+    """Trained parameters of the head; 0 where there is none."""
+    return sum(leaf.size for name in adapter.params if _of_head(name) for leaf in jax.tree.leaves(adapter.params[name]))
+
+
+def check_generation(config: Config) -> None:
+    """Raises ConfigError unless the task is to write text."""
+    if config.task.kind != "generation":
+        raise ConfigError([f"task.kind: {config.task.kind} writes no text; expected generation"])
+
+
+def _of_head(path: str) -> bool:
+    return path.startswith(f"{HEAD}/")
+
+
+def _prepared(config: Config, model: Any, outputs: Sequence[str]) -> Any:
+    """The model, set up for the task, with a head if it needs one."""
+    model = task.of(config).model(config, model)
+    return model.with_head(len(outputs)) if outputs else model
+
+
+def _pretrained(config: Config, mesh: Mesh, weights: bool) -> Any:
     name, dtype = config.model.name, config.model.dtype
     try:
         kept = config.model.quantize == "gguf"
@@ -121,12 +167,16 @@ def _pretrained(config: Config, mesh: Mesh, weights: bool) -> models.LanguageMod
     return _quantized(config, model.with_config(remat=config.model.remat))
 
 
-def _adapter(config: Config, model: models.LanguageModel, key: Any, weights: bool) -> Adapter:
+def _adapter(config: Config, model: Any, outputs: Sequence[str], key: Any, weights: bool) -> Adapter:
     """A new adapter where it belongs on the model's mesh, or its shapes."""
     found = sites(config, model.params)
+    if outputs:  # The head is trained whole, whatever is selected.
+        selected = [group for group in found if not _of_head(group.name)]
+        found = jaxpeft.Sites((*selected, *jaxpeft.find(model.params, f"{HEAD}/.*")))
+    spec = with_head(config.method, outputs)
 
     def make(key: jax.Array, base: Any) -> Adapter:
-        return jaxpeft.init(key, config.method, found, weights=base)
+        return jaxpeft.init(key, spec, found, weights=base)
 
     try:
         shapes = jax.eval_shape(make, key, model.params)
@@ -138,7 +188,7 @@ def _adapter(config: Config, model: models.LanguageModel, key: Any, weights: boo
         raise ConfigError([f"method: {error}"]) from None
 
 
-def _quantized(config: Config, model: models.LanguageModel) -> models.LanguageModel:
+def _quantized(config: Config, model: Any) -> Any:
     if config.model.quantize in (None, "gguf"):
         return model
     try:
@@ -177,12 +227,13 @@ def assemble(config: Config, weights: bool = True) -> Job:
       DataError, DownloadError, TemplateError: the data cannot be used.
     """
     check_batch(config, devices.sizes(config.mesh, jax.device_count()))
-    train_rows, held_out = rows.load(config.data)
-    made = subject(config, weights)
-    _, examples, train_note = data.encode(train_rows, made.template, config.data)
-    held_out, held_out_examples, held_out_note = data.encode(held_out, made.template, config.data)
+    kind = task.of(config)
+    train_rows, held_out = kind.load(config)
+    made = subject(config, weights, train_rows)
+    _, examples, train_note = kind.encode(train_rows, made.template, config, made.outputs)
+    held_out, held_out_examples, held_out_note = kind.encode(held_out, made.template, config, made.outputs)
     lengths = data.input_lengths(examples)
-    batches = data.plan(lengths, config.data, config.train, math.lcm(data.MULTIPLE, made.mesh.shape["sequence"]))
+    batches = data.plan(lengths, config.data, config.train, math.lcm(kind.multiple, made.mesh.shape["sequence"]))
     optimizer = optim.optimizer(config.optimizer, len(batches), config.method)
     try:
         jax.eval_shape(optimizer.init, made.adapter.params)

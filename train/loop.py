@@ -15,7 +15,6 @@ from jaxpeft.adapter import Adapter
 from jaxpeft.checkpoint import CheckpointError, Checkpoints
 from jaxpeft.fingerprint import fingerprint
 from train import data, devices, optim
-from train.evaluate import Evaluator
 from train.job import Job
 from train.metrics import Metrics
 from train.run import RunError, check_tokenizer
@@ -55,7 +54,7 @@ class Signals:
         return self.asked
 
 
-def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
+def train(job: Job, folder: Path, evaluator: Any) -> Adapter:
     """Trains the job's adapter, going on from the newest checkpoint in the run folder if there is one.
 
     A run that is killed at any moment and started again ends with bit for bit the adapter of a run that was not: the
@@ -78,7 +77,7 @@ def train(job: Job, folder: Path, evaluator: Evaluator) -> Adapter:
     opt_state = jax.jit(optimizer.init, out_shardings=optim.state_shardings(optimizer, job))(adapter.params)
     state = {"optimizer": opt_state, "key": job.key}
     rows = devices.rows_here(job.mesh, config.batch_size)
-    batches = data.iterate(job.batches, job.examples, packed=job.packed, rows=rows)
+    batches = data.iterate(job.batches, lambda batch: job.collate(batch, rows))
     data_fingerprint = data.fingerprint(job.examples)
     base_fingerprint = fingerprint(job.base)
 

@@ -125,15 +125,15 @@ def _markdown(docstring: str) -> Iterator[str]:
     """A docstring's sections as Markdown: attributes as a list, the example as code."""
     section = ""
     for line in docstring.splitlines():
-        if heading := re.fullmatch(r"(Attributes|Example|Raises|Returns|Args):", line):
-            if section == "Example":
+        if heading := re.fullmatch(r"(Attributes|Examples|Raises|Returns|Args):", line):
+            if section == "Examples":
                 yield "```"
             section = heading[1]
             yield f"## {section}"
             yield ""
-            if section == "Example":
+            if section == "Examples":
                 yield "```pycon"
-        elif section == "Example":
+        elif section == "Examples":
             if line.strip():
                 yield line.removeprefix("    ")
         elif section and (item := re.fullmatch(r"    (\w[\w, ]*): (.*)", line)):
@@ -142,5 +142,5 @@ def _markdown(docstring: str) -> Iterator[str]:
             yield f"  {line.strip()}" if line.strip() else ""
         else:
             yield line.replace("``", "`")
-    if section == "Example":
+    if section == "Examples":
         yield "```"

@@ -11,7 +11,7 @@ import optax
 
 import jaxpeft
 from jaxpeft.spec import Spec
-from train import devices
+from train import devices, task
 from train.config import Config, ConfigError, Optimizer
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def step_function(
     gradient of the unsplit batch. Jit it with the first two arguments donated.
 
     Args:
-      forward: (base, adapter, tokens, targets, dropout_key=…, …) -> losses (B, S), an adapted `token_losses`.
+      forward: (base, adapter, targets=…, dropout_key=…, …) -> losses of the shape of the batch's weights, for instance
+        (B, S) of an adapted `token_losses`.
       optimizer: applied to the adapter's parameters.
       accumulate: parts of a batch that run one after the other.
       orthogonality: weight of the adapter's `jaxpeft.allocate.orthogonality` in the loss; the reported loss is without.
@@ -109,7 +110,7 @@ def compiled_step(
     config: Config, optimizer: optax.GradientTransformation, subject: Subject, donate: bool = True
 ) -> devices.Compiled:
     """`step_function` of a subject, on its mesh; what it returns lies as what it is given."""
-    forward = jaxpeft.adapt(subject.model.token_losses, shardings=subject.shardings)
+    forward = jaxpeft.adapt(subject.losses, shardings=subject.shardings)
     return devices.Compiled(
         step_function(forward, optimizer, config.train.accumulate, config.optimizer.orthogonality),
         subject.mesh,
@@ -123,10 +124,10 @@ def argument_shapes(
 ) -> tuple:
     """The shapes of what `compiled_step` takes for a batch of (sequences, length), where they lie."""
     state = jax.eval_shape(optimizer.init, subject.adapter.params)
-    packed = ("positions", "segment_ids") if config.data.batching == "pack" else ()
-    kinds = dict.fromkeys(("tokens", "targets", *packed), jnp.int32) | {"weights": jnp.float32}
-    at = devices.of_batch(subject.mesh, shape)
-    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=at) for name, kind in kinds.items()}
+    batch = {
+        name: jax.ShapeDtypeStruct(size, kind, sharding=devices.of_batch(subject.mesh, size))
+        for name, (size, kind) in task.of(config).shapes(config, subject.model, *shape).items()
+    }
     whole = devices.everywhere(subject.mesh)
     key = jax.ShapeDtypeStruct((), subject.key.dtype, sharding=whole)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)

@@ -12,7 +12,7 @@ import jax
 import jaxpeft
 from jaxpeft.methods import METHODS, TYPICAL
 from jaxpeft.spec import name_of, nearest
-from train import costs, data, devices, hlo, job, optim, topology
+from train import costs, devices, hlo, job, optim, task, topology
 from train.config import Config, ConfigError
 from train.topology import OutOfMemory, Topology
 
@@ -139,8 +139,10 @@ class _Step:
         self.mesh = topology.mesh(machine, sizes)
         self.subject = job.of_shapes(config, self.mesh)
         optimizer = optim.optimizer(config.optimizer, 1000, config.method)
-        multiple = math.lcm(data.MULTIPLE, sizes["sequence"])
-        self.batch = (config.train.batch_size, -(-(config.data.max_length - 1) // multiple) * multiple)
+        kind = task.of(config)
+        multiple = math.lcm(kind.multiple, sizes["sequence"])
+        longest = kind.longest(config, self.subject.model)
+        self.batch = (config.train.batch_size, -(-longest // multiple) * multiple)
         self.arguments = optim.argument_shapes(config, optimizer, self.subject, self.batch)
         self.step = optim.compiled_step(config, optimizer, self.subject)
 

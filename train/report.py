@@ -81,6 +81,7 @@ def _markdown(summary: dict[str, Any]) -> str:
         "| | |",
         "| --- | ---: |",
         f"| trained parameters | {summary['trainable_parameters']:,} |",
+        *([f"| of which the head | {head:,} |"] if (head := summary.get("head_parameters")) else []),
         f"| adapter on disk | {summary['adapter_bytes'] / 1e6:.2f} MB |",
         f"| steps | {summary['steps']} |",
         f"| tokens (without padding) | {summary['tokens']:,} |",
@@ -102,6 +103,7 @@ def _plot(records: list[dict[str, float]], summary: dict[str, Any]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    kind = summary["config"].get("task", {}).get("kind", "generation")
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -113,7 +115,8 @@ def _plot(records: list[dict[str, float]], summary: dict[str, Any]) -> bytes:
         axes.plot([r["step"] for r in held_out], [r["held_out_loss"] for r in held_out], ".-", label=label)
     ends = [summary["eval_loss_before"], summary["eval_loss_after"]]
     axes.plot([0, records[-1]["step"]], ends, "o", label="all held-out rows")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    unit = {"generation": "nats per token", "regression": "squared error"}.get(kind, "nats")
+    axes.set(xlabel="step", ylabel=f"loss ({unit})")
     axes.grid(alpha=0.3)
     axes.legend()
     image = io.BytesIO()

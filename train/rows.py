@@ -1,4 +1,4 @@
-"""Where conversations come from: files, the hub, and what their columns are called."""
+"""Where rows come from: files, the hub, and what the columns of conversations are called."""
 
 import csv
 import io
@@ -54,13 +54,25 @@ def load(data: Data) -> tuple[list[Row], list[Row]]:
     if data.source in builtin.SOURCES:
         pairs = builtin.SOURCES[data.source](data.seed, data.train_rows, data.held_out_rows)
         train, held_out = ([_conversation(prompt, answer) for prompt, answer in part] for part in pairs)
-    elif data.source.startswith("hub:"):
-        train = _hub(data.source.removeprefix("hub:"), "train", data.columns)
-        held_out = _hub(data.source.removeprefix("hub:"), data.held_out, data.columns) if data.held_out else None
+        return train[: data.train_rows], held_out[: data.held_out_rows]
+    return split(data, lambda source, split: read(source, data.columns, split))
+
+
+def split(data: Data, read: Callable[[str, str], list]) -> tuple[list, list]:
+    """Training rows and held-out rows of a source that is not built in.
+
+    Args:
+      data: with a held-out source of its own, or the number of rows to set aside.
+      read: (source, split of the hub) -> all rows.
+
+    Raises:
+      DataError: there are too few rows to set some aside.
+    """
+    train = read(data.source, "train")
+    if data.held_out:
+        hub = data.source.startswith("hub:")
+        held_out = read(data.source if hub else data.held_out, data.held_out)
     else:
-        train = read(data.source, data.columns)
-        held_out = read(data.held_out, data.columns) if data.held_out else None
-    if held_out is None:
         if len(train) <= data.held_out_rows:
             raise DataError(
                 f"{data.source}: has {len(train)} rows, too few to set data.held_out_rows={data.held_out_rows} aside"
@@ -71,27 +83,39 @@ def load(data: Data) -> tuple[list[Row], list[Row]]:
     return train[: data.train_rows], held_out[: data.held_out_rows]
 
 
-def read(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """All rows of a .jsonl, .json, .csv or .parquet file.
+def read(source: str | Path, columns: Mapping[str, str] | None = None, split: str = "train") -> list[Row]:
+    """All conversations of a .jsonl, .json, .csv or .parquet file, or of a split of a data set on the hub.
 
     Args:
-      path: the file; its ending decides how it is read.
+      source: the file, whose ending decides how it is read, or `hub:owner/name`.
       columns: our name -> the file's name, for any of `messages`, `prompt`, `input`, `response`, `text`.
+      split: of a data set on the hub.
 
     Raises:
       DataError: naming file and line.
     """
-    path = Path(path)
+    return [_row(record, place, columns or {}) for place, record in records(source, split)]
+
+
+def records(source: str | Path, split: str = "train") -> list[tuple[str, Any]]:
+    """(place for messages, record) of everything that a file or a data set on the hub holds.
+
+    Raises:
+      DataError: naming file and line.
+    """
+    if str(source).startswith("hub:"):
+        return _hub(str(source).removeprefix("hub:"), split)
+    path = Path(source)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: neither a built-in data set ({', '.join(builtin.SOURCES)}) nor {', '.join(READERS)}")
     try:
-        rows = [_row(record, place, columns or {}) for place, record in reader(path)]
+        found = list(reader(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if not rows:
+    if not found:
         raise DataError(f"{path}: the file holds no rows")
-    return rows
+    return found
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -150,7 +174,7 @@ READERS: dict[str, Callable[[Path], Iterable[tuple[str, Any]]]] = {
 }
 
 
-def _hub(name: str, split: str, columns: Mapping[str, str]) -> list[Row]:
+def _hub(name: str, split: str) -> list[tuple[str, Any]]:
     try:
         import datasets
     except ImportError:
@@ -159,9 +183,7 @@ def _hub(name: str, split: str, columns: Mapping[str, str]) -> list[Row]:
         records = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen unrelated types: offline, not found, gated, no such split
         raise DataError(f"hub:{name}: split {split!r} could not be loaded: {error}") from error
-    return [
-        _row(record, f"hub:{name}: {split} row {number}", columns) for number, record in enumerate(records, start=1)
-    ]
+    return [(f"hub:{name}: {split} row {number}", record) for number, record in enumerate(records, start=1)]
 
 
 def _decoded(content: bytes, place: str) -> str:

@@ -8,6 +8,8 @@ A run folder holds
     before.json     held-out measurements before training
     adapter/        the trained adapter, `jaxpeft.load` reads it
     summary.json, report.md, loss.png
+    tasks.json      what `evaluate --tasks` found last
+    README.md       the model card
 """
 
 import json

@@ -47,6 +47,16 @@ class Example:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def positions(self) -> int:
+        """Positions of a sequence that it takes: all its tokens but the last, which is only a target."""
+        return len(self.tokens) - 1
+
+    @property
+    def content(self) -> bytes:
+        """What tells it from other examples."""
+        return np.int64(len(self)).tobytes() + self.tokens.tobytes() + self.learned.tobytes()
+
 
 @dataclass(frozen=True)
 class Template:
@@ -121,10 +131,13 @@ class Template:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What tells the tokenizer from others: how many tokens it has, and a checksum of them and of some text's."""
-        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        content = json.dumps([vocabulary, self.tokenizer(PROBE, add_special_tokens=False).input_ids])
-        return f"{len(vocabulary)} tokens, checksum {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        """As `tokenizer_fingerprint`."""
+        return tokenizer_fingerprint(self.tokenizer)
+
+    @property
+    def jinja(self) -> str:
+        """How conversations are written, as a chat template of Hugging Face."""
+        return {"chat": self.tokenizer.chat_template, "chatml": CHATML, "plain": PLAIN}[self.kind]
 
     @functools.cached_property
     def _start(self) -> str:
@@ -142,24 +155,39 @@ class Template:
         return self._check(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def _check(self, tokens: list[int]) -> list[int]:
-        # Not the size of the vocabulary: some models' tokenizers have tokens that only their larger sisters know.
-        if self.embedded is not None and tokens and (largest := max(tokens)) >= self.embedded:
-            raise TemplateError(
-                f"token {largest}, {self.tokenizer.convert_ids_to_tokens(largest)!r}, is beyond the {self.embedded} "
-                f"tokens (0 to {self.embedded - 1}) that the model embeds: the tokenizer is another model's; use the "
-                "tokenizer's files that came with the weights"
-            )
-        return tokens
+        return check_tokens(self.tokenizer, tokens, self.embedded)
 
     def _render(self, messages: Messages, answer_next: bool = False) -> str:
-        template = {"chat": None, "chatml": CHATML, "plain": PLAIN}[self.kind]
         return self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
-            chat_template=template,
+            chat_template=self.jinja,
             add_generation_prompt=answer_next,
             tokenize=False,
             start=self._start,
         )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells a tokenizer from others: how many tokens it has, and a checksum of them and of some text's."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    content = json.dumps([vocabulary, tokenizer(PROBE, add_special_tokens=False).input_ids])
+    return f"{len(vocabulary)} tokens, checksum {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[int], embedded: int | None) -> list[int]:
+    """The tokens, if the model embeds them all.
+
+    Raises:
+      TemplateError: one is beyond the `embedded` tokens that it knows.
+    """
+    # Not the size of the vocabulary: some models' tokenizers have tokens that only their larger sisters know.
+    if embedded is not None and tokens and (largest := max(tokens)) >= embedded:
+        raise TemplateError(
+            f"token {largest}, {tokenizer.convert_ids_to_tokens(largest)!r}, is beyond the {embedded} "
+            f"tokens (0 to {embedded - 1}) that the model embeds: the tokenizer is another model's; use the "
+            "tokenizer's files that came with the weights"
+        )
+    return tokens
 
 
 def choices(row: Row, answers: Sequence[str]) -> list[Row]:

@@ -100,7 +100,7 @@ def permute_ranks(tree: Any, table: Mapping[str, Array]) -> Any:
         tree: any pytree; in it, the arrays a, b and gate under a group of the table are changed, the others are not.
         table: {group: (L, r)}, the rank whose values each rank takes.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> params = {"up": {"gate": jnp.array([[1.0, 2.0, 3.0]])}}
         >>> permute_ranks(params, {"up": jnp.array([[2, 1, 2]])})["up"]["gate"].tolist()

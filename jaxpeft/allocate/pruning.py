@@ -85,7 +85,7 @@ def adalora(
 def cubic_decay(step: Any, start: int, end: int, first: int, last: int) -> Array:
     """AdaLoRA's budget (eq. 9): start until step `first`, end from step `last`, ⌊end + (start - end)(1 - p)³⌋ between.
 
-    Example:
+    Examples:
         >>> [int(cubic_decay(step, 48, 32, 10, 30)) for step in (0, 10, 11, 20, 30, 99)]
         [48, 48, 45, 34, 32, 32]
     """
@@ -159,7 +159,7 @@ def dynamic_dora(
 def cubic_drop(step: Any, start: int, end: int, first: int, last: int) -> Array:
     """Dynamic DoRA's budget: start until step `first`, end from step `last`, start - ⌊(start - end) p³⌋ between.
 
-    Example:
+    Examples:
         >>> [int(cubic_drop(step, 48, 32, 10, 30)) for step in (0, 10, 20, 29, 30, 99)]
         [48, 48, 46, 35, 32, 32]
     """

@@ -40,7 +40,7 @@ class Spec(gated.Spec):
         rank: r, the ranks at the start; the paper takes 1.5 times the target.
         target_rank: the average rank that is left at the end.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import adalora
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

@@ -43,7 +43,7 @@ class Spec(base.Spec):
         rank: r, of every expert.
         experts: n; it divides in.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import alore
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

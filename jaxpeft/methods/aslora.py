@@ -39,7 +39,7 @@ class Spec(base.Spec):
         rank: r.
         groups: different b's that are left in the end; merging stops there.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import aslora
         >>> sites = jaxpeft.find({"layers": {"q_proj": {"kernel": jnp.zeros((6, 64, 32))}}}, layouts={".*": "lio"})

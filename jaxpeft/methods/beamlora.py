@@ -41,7 +41,7 @@ class Spec(gated.Spec):
         rank: r, the beams of every weight.
         temperature: of the softmax; the authors use 0.05, and 0.03 for learning rates below 1e-4.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import beamlora
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

@@ -44,7 +44,7 @@ class Spec(base.Spec):
         block_size: b, inputs of one block; even, and 2^(N-1) · b divides in, if N > 1.
         butterfly_factors: N.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import boft
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

@@ -44,7 +44,7 @@ class Spec(base.Spec):
         init: ``xavier_uniform``; ``kaiming_uniform``, U(±1/√in); ``gaussian``, N(0, 1); or ``zeros``, ΔW = 0.
         path: as in `surm.Spec`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import c3a
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

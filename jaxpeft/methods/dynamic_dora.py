@@ -43,7 +43,7 @@ class Spec(gated.Spec):
         rank: r, the ranks at the start.
         target_rank: the average rank that is left at the end.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import dynamic_dora
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

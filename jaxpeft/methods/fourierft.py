@@ -41,7 +41,7 @@ class Spec(base.Spec):
         n_frequency: n.
         init: ``normal`` or ``zeros``.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import fourierft
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

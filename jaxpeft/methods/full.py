@@ -29,7 +29,7 @@ class Spec(base.Spec):
     Trained: ``w`` (L, in, out), float32, zero at the start. Biases and a norm's scale are weights with in = 1. With
     `jaxpeft.methods.mixed` it trains some weights whole next to another method on the rest.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import full
         >>> sites = jaxpeft.find({"norm": {"scale": jnp.ones(64)}, "head": {"bias": jnp.zeros(3)}}, ".*")

@@ -48,7 +48,7 @@ class Spec(base.Spec):
         a: path of the multiplier A.
         b: path of the addend B.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import glora
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

@@ -42,7 +42,7 @@ class Spec(base.Spec):
     Attributes:
         on: what is rescaled, "output" or "input".
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import ia3
         >>> sites = jaxpeft.find({"v_proj": {"kernel": jnp.zeros((64, 32))}})

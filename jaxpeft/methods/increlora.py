@@ -41,7 +41,7 @@ class Spec(gated.Spec):
         start_rank: ranks every weight starts with.
         rank_step: ranks a chosen weight gains at once.
 
-    Example:
+    Examples:
         >>> from jaxpeft.methods import increlora
         >>> increlora.Spec(rank=16, target_rank=8, rank_step=4).start_rank
         1

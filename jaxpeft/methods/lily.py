@@ -43,7 +43,7 @@ class Spec(base.Spec):
         experts: E, number of up-projections of a group.
         stride: consecutive layers that share a down-projection.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lily
         >>> sites = jaxpeft.find({"layers": {"q_proj": {"kernel": jnp.zeros((8, 64, 32))}}}, layouts={".*": "lio"})

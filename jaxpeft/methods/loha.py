@@ -39,7 +39,7 @@ class Spec(base.Spec):
     Attributes:
         rank: r, of each of the two matrices.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import loha
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

@@ -43,7 +43,7 @@ class Spec(base.Spec):
         decompose_both: whether W1 is low-rank too.
         zero: the side that starts at zero.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lokr
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 128))}})
@@ -121,7 +121,7 @@ def shapes(spec: Spec, group: Group) -> dict[str, tuple[int, int]]:
 def factorize(dim: int, factor: int | None = None) -> tuple[int, int]:
     """Two factors of a size, by the rule of `Spec.decompose_factor`.
 
-    Example:
+    Examples:
         >>> factorize(128), factorize(128, 4), factorize(127), factorize(12, 5)
         ((8, 16), (4, 32), (1, 127), (3, 4))
     """

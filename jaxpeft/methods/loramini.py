@@ -39,7 +39,7 @@ class Spec(base.Spec):
         outer_out: b, the same of the output side.
         share_outer: whether the layers of a group have the same frozen matrices, which are stored once.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import loramini
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

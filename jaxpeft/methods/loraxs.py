@@ -35,7 +35,7 @@ class Spec(base.Spec):
         rank: r, at most min(in, out).
         r_std: spread of R's start.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import loraxs
         >>> base = {"q_proj": {"kernel": jax.random.normal(jax.random.key(1), (64, 32))}}

@@ -44,7 +44,7 @@ class Spec(base.Spec):
         rank: r.
         heads: H; it divides every out.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import lorta
         >>> kernel = {"kernel": jnp.zeros((8, 64, 64))}

@@ -46,7 +46,7 @@ class Spec(base.Spec):
         shared_rank: d, dimension of the shared subspace.
         experts: N.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import malora
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

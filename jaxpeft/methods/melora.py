@@ -35,7 +35,7 @@ class Spec(base.Spec):
         rank: q, of each mini LoRA.
         mini_loras: k; it divides in and out.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import melora
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

@@ -42,7 +42,7 @@ class Spec(base.Spec):
         variant: ``standard``, ``mini`` or ``bat``.
         mini_rank: r' of mini, a divisor of out; None for the others.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import miss
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

@@ -37,7 +37,7 @@ class Spec(base.Spec):
             first match counts. A rank pattern is ``{r".*down_proj.*": {"rank": 16}}``, `modules_to_save` is
             ``{r"lm_head/.*": full.Spec()}``.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import full, lora, mixed
         >>> params = {"up": {"kernel": jnp.ones((64, 32))}, "norm": {"scale": jnp.ones(64)}}
@@ -58,7 +58,7 @@ class Spec(base.Spec):
                 base.require(getattr(self, field.name) == field.default, self, field.name, "it in the parts' own specs")
         default = _spec(self.default, None)
         pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
-        overrides = tuple((_pattern(pattern), _spec(given, default)) for pattern, given in pairs)
+        overrides = tuple((_compiles(pattern), _spec(given, default)) for pattern, given in pairs)
         for part in (default, *(part for _, part in overrides)):
             base.require(not isinstance(part, Spec), self, "overrides", "no mixed spec inside a mixed spec")
         object.__setattr__(self, "default", default)
@@ -101,7 +101,14 @@ class Spec(base.Spec):
         return {"method": "mixed", "alpha": self.alpha, "default": self.default.to_dict(), "overrides": overrides}
 
 
-def _pattern(pattern: str) -> str:
+def pattern(group: Group, *sites: Sites) -> str:
+    """A regular expression for the paths of a group and of no others, for `overrides`."""
+    named = re.escape(group.name).replace(r"\*", "[0-9]+")
+    matched = [path for each in sites for other in each for path in other.paths if re.fullmatch(named, path)]
+    return named if matched == list(group.paths) else "|".join(map(re.escape, group.paths))
+
+
+def _compiles(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:

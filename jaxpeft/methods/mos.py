@@ -51,7 +51,7 @@ class Spec(base.Spec):
             trained from there.
         scaling_std: its spread (the paper states none).
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import mos
         >>> sites = jaxpeft.find({"layers": {"q_proj": {"kernel": jnp.zeros((8, 64, 32))}}}, layouts={".*": "lio"})

@@ -42,7 +42,7 @@ class Spec(base.Spec):
         projections: N, number of up-projections.
         temperature: τ: the lower, the closer each task comes to one up-projection.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import mtllora
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

@@ -35,7 +35,7 @@ class Spec(base.Spec):
         rank: r, of each LoRA.
         parallel: n, number of LoRAs.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import multilora
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

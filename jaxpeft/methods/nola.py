@@ -52,7 +52,7 @@ class Spec(base.Spec):
         share_bases: whether the layers of a group have the same bases; else each draws its own, which takes L times as
             long.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import nola
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

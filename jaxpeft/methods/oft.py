@@ -42,7 +42,7 @@ class Spec(base.Spec):
         cayley: "exact" solves for the rotation; "neumann" takes I + 2Q + 2Q² + 2Q³ + Q⁴, orthogonal up to O(Q⁴),
             without a solve (PEFT's default).
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import oft
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

@@ -56,7 +56,7 @@ class Spec(base.Spec):
         rotate_along: the axis along which copy i is rotated, by i · max(⌊size/copies⌋, 1).
         expand: whether the copies are made, or the product is computed without them.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import prolora
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((70, 35))}})

@@ -46,7 +46,7 @@ class Spec(base.Spec):
         order: ``paper`` pairs rank k of basis j in a with the same in b. PEFT and the authors' code, ``peft``, flatten
             a over (k, j) and b over (j, k) before they multiply, which pairs others; just as random, but not the same.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import randlora
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

@@ -31,7 +31,7 @@ class Spec(base.Spec):
     Attributes:
         indices: rows of the weight, such as token ids; each once.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import rows
         >>> base = {"embed": {"embedding": jnp.ones((100, 8))}}

@@ -37,7 +37,7 @@ class Spec(base.Spec):
         rank: r.
         share: the shared factors.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import sharelora
         >>> sites = jaxpeft.find({"layers": {"q_proj": {"kernel": jnp.zeros((6, 16, 48))}}}, layouts={".*": "lio"})

@@ -45,7 +45,7 @@ class Spec(base.Spec):
         rank: r of every band.
         bands: K.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import smoa_structured
         >>> weights = {"q_proj": {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}}

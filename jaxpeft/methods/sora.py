@@ -37,7 +37,7 @@ class Spec(gated.Spec):
     Attributes:
         rank: r, the ranks at the start, r_max in the paper.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import sora
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

@@ -75,7 +75,7 @@ class Spec(base.Spec):
         scaled_projection: fastfood times √(P / (ρ N_g)): its output's entries are as large as its input's.
         shuffle: entries of a slice are permuted, after any projection; "permutation" implies it.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import superlora
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}, "v_proj": {"kernel": jnp.zeros((64, 8))}})

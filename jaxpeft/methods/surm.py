@@ -65,7 +65,7 @@ class Spec(base.Spec):
             weight (`jaxpeft.structured.prefers_fft`, measured on a CPU). On a mesh take ``dense``: XLA does not
             partition an FFT, it gathers the operand on every device (docs/decisions/0006).
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import surm
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 64))}})

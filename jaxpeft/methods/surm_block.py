@@ -42,7 +42,7 @@ class Spec(surm.Spec):
     Attributes:
         activation: σ, ``gelu`` in the paper, or any other of these with σ(0) = 0.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import surm_block
         >>> params = {"attention": {"o_proj": {"kernel": jnp.zeros((64, 32))}}}

@@ -41,7 +41,7 @@ class Spec(base.Spec):
         rank: r.
         trained: the trained pieces, letters of "abuv" in that order.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import tiedlora
         >>> sites = jaxpeft.find({"layers": {"qkv": {"kernel": jnp.zeros((6, 16, 48))}}}, layouts={".*": "lio"})

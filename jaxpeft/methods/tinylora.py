@@ -46,7 +46,7 @@ class Spec(base.Spec):
             depth, whatever their group.
         singular_values: the factor that they scale: ``output``, b alone, as in the paper; ``both``, √Σ on each.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import tinylora
         >>> weights = {"q_proj": {"kernel": jnp.eye(64, 32)}}

@@ -42,7 +42,7 @@ class Spec(base.Spec):
         theta_length: d, the budget.
         theta_bound: spread of theta's start.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import unilora
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

@@ -46,7 +46,7 @@ class Spec(base.Spec):
         bank_bound: spread of the bank's start.
         logits_std: spread of the logits' start.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import vblora
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}})

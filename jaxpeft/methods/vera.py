@@ -39,7 +39,7 @@ class Spec(base.Spec):
         rank: r; in the hundreds, because a rank costs one parameter a layer.
         d_initial: start of lambda_d.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
         >>> from jaxpeft.methods import vera
         >>> sites = jaxpeft.find({"q_proj": {"kernel": jnp.zeros((64, 32))}, "up": {"kernel": jnp.zeros((64, 128))}})

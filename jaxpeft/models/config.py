@@ -122,9 +122,51 @@ class Config:
             **numerics,
         )
 
+    def to_hf(self) -> Any:
+        """The `transformers` configuration that `from_hf` reads as this one.
 
-# The values of `model_type` whose mathematics `Decoder` computes.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+        Raises:
+          ValueError: no architecture there has this combination of features.
+
+        >>> config = Config(vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=2,
+        ...                 num_attention_heads=4, qk_norm=True)
+        >>> config.to_hf().model_type, Config.from_hf(config.to_hf()) == config
+        ('qwen3', True)
+        """
+        from transformers import CONFIG_MAPPING
+
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("dtype", "param_dtype", "remat", "qk_norm", "attention_out_bias", "rope_theta", "rope_scaling"):
+            fields.pop(name)
+        fields["rope_parameters"] = _rope_parameters(self)
+        fields["use_sliding_window"], fields["max_window_layers"] = self.sliding_window is not None, 0
+        numerics = {"dtype": self.dtype, "param_dtype": self.param_dtype, "remat": self.remat}
+        for family, own in FAMILIES.items():
+            foreign = _PARTICULAR.difference(own)
+            made = CONFIG_MAPPING[family](**{name: value for name, value in fields.items() if name not in foreign})
+            if Config.from_hf(made, **numerics) == self:
+                return made
+        raise ValueError(f"none of {', '.join(FAMILIES)} has the features of {self}")
+
+
+# The values of `model_type` whose mathematics `Decoder` computes, and the fields that not all of them have.
+FAMILIES = {
+    "llama": ("attention_bias", "mlp_bias"),
+    "mistral": ("sliding_window",),
+    "qwen2": ("sliding_window", "use_sliding_window", "max_window_layers"),
+    "qwen3": ("attention_bias", "sliding_window", "use_sliding_window", "max_window_layers"),
+}
+_PARTICULAR = frozenset(field for fields in FAMILIES.values() for field in fields)
+
+
+def _rope_parameters(config: Config) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    scaling = config.rope_scaling
+    if scaling is None:
+        return rope
+    fields = dataclasses.asdict(scaling)
+    kind = fields.pop("kind")
+    return rope | {"rope_type": kind} | (fields if kind == "llama3" else {"factor": scaling.factor})
 
 
 def _rope_scaling(config) -> RopeScaling | None:

@@ -14,12 +14,13 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxpeft.models.config import Config
+from jaxpeft.models.encoder_config import EncoderConfig
 from jaxpeft.sharding import BATCH
 
 # What attends: (queries (B, S, N, H), keys (B, T, K, H), values (B, T, K, H)) -> (B, S, N, H).
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-_POLICIES = {
+POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -107,7 +108,7 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
 # says: on an accelerator they cost memory, on a CPU the traffic to and from it costs more than the arithmetic (2 x 256
 # tokens through SmolLM2-135M: 947 MiB kept without this, 336 with it, and a faster step). No kernel is involved. The
 # barriers against common subexpressions are not needed: in a scan the two passes are two loops.
-_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def attention(mask: jax.Array | None) -> Attend:
@@ -116,10 +117,10 @@ def attention(mask: jax.Array | None) -> Attend:
     def attend(query, key, value):
         return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=mask is None)
 
-    return _recomputed(attend)
+    return recomputed(attend)
 
 
-@_recomputed
+@recomputed
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float | jax.Array) -> jax.Array:
     """``x / sqrt(mean(x²) + eps) * scale`` over the last axis, in float32, returned in the dtype of `x`."""
     y = x.astype(jnp.float32)
@@ -127,7 +128,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float | jax.Array) -> jax.Arra
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-@_recomputed
+@recomputed
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """``silu(gate) * up``."""
     return jax.nn.silu(gate) * up
@@ -145,7 +146,10 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.eps)
 
 
-def _linear(config: Config, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(
+    config: Config | EncoderConfig, inputs: int, outputs: int, *, bias: bool = True, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A dense layer of the configuration's types."""
     return nnx.Linear(
         inputs,
         outputs,
@@ -165,10 +169,10 @@ class Attention(nnx.Module):
         hidden = config.hidden_size
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = _linear(config, hidden, queries, bias=config.attention_bias, rngs=rngs)
-        self.k_proj = _linear(config, hidden, keys, bias=config.attention_bias, rngs=rngs)
-        self.v_proj = _linear(config, hidden, keys, bias=config.attention_bias, rngs=rngs)
-        self.o_proj = _linear(config, queries, hidden, bias=config.attention_out_bias, rngs=rngs)
+        self.q_proj = linear(config, hidden, queries, bias=config.attention_bias, rngs=rngs)
+        self.k_proj = linear(config, hidden, keys, bias=config.attention_bias, rngs=rngs)
+        self.v_proj = linear(config, hidden, keys, bias=config.attention_bias, rngs=rngs)
+        self.o_proj = linear(config, queries, hidden, bias=config.attention_out_bias, rngs=rngs)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config)
@@ -192,9 +196,9 @@ class MLP(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         hidden, wide = config.hidden_size, config.intermediate_size
-        self.gate_proj = _linear(config, hidden, wide, bias=config.mlp_bias, rngs=rngs)
-        self.up_proj = _linear(config, hidden, wide, bias=config.mlp_bias, rngs=rngs)
-        self.down_proj = _linear(config, wide, hidden, bias=config.mlp_bias, rngs=rngs)
+        self.gate_proj = linear(config, hidden, wide, bias=config.mlp_bias, rngs=rngs)
+        self.up_proj = linear(config, hidden, wide, bias=config.mlp_bias, rngs=rngs)
+        self.down_proj = linear(config, wide, hidden, bias=config.mlp_bias, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Of `x` (B, S, hidden_size)."""
@@ -242,7 +246,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.vmap(lambda rngs: Layer(config, rngs))(rngs.split(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
         if not config.tie_word_embeddings:
-            self.lm_head = _linear(config, config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
+            self.lm_head = linear(config, config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 
     def __call__(
         self, tokens: jax.Array, *, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
@@ -342,6 +346,6 @@ class Decoder(nnx.Module):
             return run(nnx.merge(graph, state), index, carry), None
 
         if self.config.remat != "none":
-            step = _recomputed(step, policy=_POLICIES[self.config.remat])
+            step = recomputed(step, policy=POLICIES[self.config.remat])
         indices = jnp.arange(self.config.num_hidden_layers)
         return jax.lax.scan(step, carry, (indices, stacked))[0]

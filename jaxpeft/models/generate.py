@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxpeft.models.decoder import Decoder
+from jaxpeft.models.decoder import Cache, Decoder, laid_out
+
+SMALLEST_BUCKET = 32
+"""The shortest length that prompts are padded to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,16 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
             raise ValueError("top_k and top_p choose what is sampled, and temperature=0 samples nothing")
+
+    def key(self, given: jax.Array | None) -> jax.Array:
+        """The key given; any where nothing is sampled.
+
+        Raises:
+          ValueError: sampling without a key.
+        """
+        if self.temperature > 0 and given is None:
+            raise ValueError(f"temperature={self.temperature} samples, so it needs key=jax.random.key(…)")
+        return jax.random.key(0) if given is None else given
 
     def choose(self, key: jax.Array, logits: jax.Array) -> jax.Array:
         """Tokens (B,) int32 for ``logits`` (B, V).
@@ -52,6 +66,57 @@ class Sampling:
         return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
+class Writing(NamedTuple):
+    """Texts in the making: what `prefill` returns, and what `write` takes and returns.
+
+    Attributes:
+      token: (B,) int32, each row's newest token, which is not in the cache yet.
+      ended: (B,) bool, rows that have written an ending token. The caller may end more.
+      step: () int32, tokens written so far.
+      begins: (B, 1) int32, the slot of each row's first token.
+      slot: () int32, where in the cache `token` goes.
+      cache: keys and values of all tokens before.
+    """
+
+    token: jax.Array
+    ended: jax.Array
+    step: jax.Array
+    begins: jax.Array
+    slot: jax.Array
+    cache: Cache
+
+
+def bucket(length: int, largest: int) -> int:
+    """The length that a row is padded to, so that few lengths are compiled: the next of 32, 48, 64, 96, 128, …
+
+    Args:
+      length: of the row.
+      largest: the last bucket, where the row may be no longer.
+
+    >>> [bucket(length, largest=500) for length in (1, 33, 49, 100, 400)]
+    [32, 48, 64, 128, 500]
+    """
+    if not 0 < length <= largest:
+        raise ValueError(f"expected a length of 1 to {largest}, found {length}")
+    size = SMALLEST_BUCKET
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, largest)
+
+
+def align(tokens: jax.Array, lengths: jax.Array, padding_side: str) -> jax.Array:
+    """The prompts with their ends aligned, so that every row writes to the same slot of the cache."""
+    if padding_side not in ("right", "left"):
+        raise ValueError(f"padding_side={padding_side!r}: expected 'right' or 'left'")
+    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
+        raise ValueError(f"expected tokens (B, P) and lengths (B,), found {tokens.shape} and {lengths.shape}")
+    if padding_side == "left":
+        return tokens
+    width = tokens.shape[1]
+    source = (jnp.arange(width)[None] + lengths[:, None]) % width
+    return jnp.take_along_axis(tokens, source, axis=1)
+
+
 def generate(
     decoder: Decoder,
     tokens: jax.Array,
@@ -65,22 +130,12 @@ def generate(
     padding_side: str,
 ) -> jax.Array:
     """New tokens (B, max_new_tokens) int32; see `LanguageModel.generate`."""
-    if sampling.temperature > 0 and key is None:
-        raise ValueError(f"temperature={sampling.temperature} samples, so it needs key=jax.random.key(…)")
-    if padding_side not in ("right", "left"):
-        raise ValueError(f"padding_side={padding_side!r}: expected 'right' or 'left'")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
-    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
-        raise ValueError(f"expected tokens (B, P) and lengths (B,), found {tokens.shape} and {lengths.shape}")
-    if padding_side == "right":
-        # With the prompts' ends aligned, every row writes to the same slot of the cache.
-        width = tokens.shape[1]
-        source = (jnp.arange(width)[None] + lengths[:, None]) % width
-        tokens = jnp.take_along_axis(tokens, source, axis=1)
+    key = sampling.key(key)
+    lengths = jnp.asarray(lengths)
+    tokens = align(jnp.asarray(tokens), lengths, padding_side)
     graph, params = nnx.split(decoder)
-    key = jax.random.key(0) if key is None else key
     return _generate(graph, params, tokens, lengths, key, max_new_tokens, sampling, eos_ids, pad_id)
 
 
@@ -88,49 +143,94 @@ def generate(
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
 def _generate(graph, params, tokens, lengths, key, max_new_tokens, sampling, eos_ids, pad_id):
     decoder = nnx.merge(graph, params)
+    slots = tokens.shape[1] + max_new_tokens
+    writing = prefill(decoder, tokens, lengths, slots=slots, sampling=sampling, key=key, eos_ids=eos_ids)
+    written = jnp.full((len(tokens), max_new_tokens), pad_id, jnp.int32).at[:, 0].set(writing.token)
+    return _write(decoder, writing, written, 1, sampling=sampling, key=key, eos_ids=eos_ids, pad_id=pad_id)[0]
+
+
+def prefill(
+    decoder: Decoder,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    slots: int,
+    sampling: Sampling,
+    key: jax.Array,
+    eos_ids: tuple[int, ...],
+) -> Writing:
+    """Reads prompts (B, P) whose ends are aligned, and chooses the first token; see `LanguageModel.prefill`."""
     batch, width = tokens.shape
-    slots = jnp.arange(width + max_new_tokens)
-    begins = (width - lengths)[:, None]
-    endings = jnp.asarray(eos_ids, jnp.int32)
-    window = decoder.config.sliding_window
-
-    def visible(query_slots: jax.Array, seen: int) -> jax.Array:
-        query, slot = query_slots[None, None, :, None], slots[None, None, None, :seen]
-        mask = (slot <= query) & (slot >= begins[:, :, None, None])
-        return mask if window is None else mask & (query - slot < window)
-
-    prompt = slots[:width]
+    begins = (width - lengths)[:, None].astype(jnp.int32)
+    prompt = jnp.arange(width)
     # A token of the padding would give NaN where it lies outside the vocabulary.
     tokens = jnp.where(prompt[None] >= begins, tokens, 0)
     hidden, cache = decoder.extend(
         tokens,
-        decoder.empty_cache(batch, width + max_new_tokens),
+        decoder.empty_cache(batch, slots),
         0,
         positions=jnp.maximum(prompt[None] - begins, 0),
-        mask=visible(prompt, width),
+        mask=_visible(decoder, begins, prompt, width),
     )
+    token = sampling.choose(jax.random.fold_in(key, 0), decoder.logits(hidden[:, -1]))
+    return Writing(token, _ends(token, eos_ids), jnp.int32(1), begins, jnp.int32(width), _laid_out(cache))
 
-    def record(step, hidden, written, ended):
-        token = sampling.choose(jax.random.fold_in(key, step), decoder.logits(hidden[:, -1]))
-        token = jnp.where(ended, pad_id, token).astype(jnp.int32)
-        written = jax.lax.dynamic_update_slice(written, token[:, None], (0, step))
-        return token, written, ended | jnp.any(token[:, None] == endings, axis=1)
+
+def write(
+    decoder: Decoder,
+    writing: Writing,
+    *,
+    count: int,
+    sampling: Sampling,
+    key: jax.Array,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> tuple[jax.Array, Writing]:
+    """The next tokens (B, count) int32; see `LanguageModel.write`."""
+    written = jnp.full((len(writing.token), count), pad_id, jnp.int32)
+    return _write(decoder, writing, written, 0, sampling=sampling, key=key, eos_ids=eos_ids, pad_id=pad_id)
+
+
+def _write(decoder, writing, written, filled, *, sampling, key, eos_ids, pad_id):
+    """Fills the columns of `written` from the one numbered `filled` on, until every row has ended."""
+    slots = writing.cache.keys.shape[2]
 
     def unfinished(state):
-        step, _, _, ended, _ = state
-        return (step < max_new_tokens) & ~jnp.all(ended)
+        column, _, writing = state
+        return (column < written.shape[1]) & ~jnp.all(writing.ended)
 
-    def write(state):
-        step, token, written, ended, cache = state
-        # The token chosen at step - 1 is read into its slot, and the next one chosen.
-        slot = width + step - 1
+    def one(state):
+        column, written, writing = state
+        # The newest token is read into its slot, and the next one chosen.
         hidden, cache = decoder.extend(
-            token[:, None], cache, slot, positions=slot - begins, mask=visible(slot[None], width + max_new_tokens)
+            writing.token[:, None],
+            writing.cache,
+            writing.slot,
+            positions=writing.slot - writing.begins,
+            mask=_visible(decoder, writing.begins, writing.slot[None], slots),
         )
-        token, written, ended = record(step, hidden, written, ended)
-        return step + 1, token, written, ended, cache
+        token = sampling.choose(jax.random.fold_in(key, writing.step), decoder.logits(hidden[:, -1]))
+        token = jnp.where(writing.ended, pad_id, token).astype(jnp.int32)
+        written = jax.lax.dynamic_update_slice(written, token[:, None], (0, column))
+        ended = writing.ended | _ends(token, eos_ids)
+        writing = Writing(token, ended, writing.step + 1, writing.begins, writing.slot + 1, _laid_out(cache))
+        return column + 1, written, writing
 
-    written = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
-    token, written, ended = record(0, hidden, written, jnp.zeros(batch, bool))
-    state = jax.lax.while_loop(unfinished, write, (jnp.int32(1), token, written, ended, cache))
-    return state[2]
+    _, written, writing = jax.lax.while_loop(unfinished, one, (jnp.int32(filled), written, writing))
+    return written, writing
+
+
+def _visible(decoder: Decoder, begins: jax.Array, query_slots: jax.Array, seen: int) -> jax.Array:
+    """Which of the first `seen` slots the tokens in `query_slots` (S,) see: (B, 1, S, seen) bool."""
+    window = decoder.config.sliding_window
+    query, slot = query_slots[None, None, :, None], jnp.arange(seen)[None, None, None, :]
+    mask = (slot <= query) & (slot >= begins[:, :, None, None])
+    return mask if window is None else mask & (query - slot < window)
+
+
+def _ends(token: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
+    return jnp.any(token[:, None] == jnp.asarray(eos_ids, jnp.int32), axis=1)
+
+
+def _laid_out(cache: Cache) -> Cache:
+    return Cache(*(laid_out(array, None, "batch", None, "heads", None) for array in cache))

@@ -13,7 +13,7 @@ import numpy as np
 from jaxpeft.blocks import Quantized
 from jaxpeft.models import convert, gguf
 from jaxpeft.models.config import Config
-from jaxpeft.models.loading import hf_name, is_kernel
+from jaxpeft.models.names import hf_name, is_kernel
 from jaxpeft.quantize import shardings
 from jaxpeft.sites import paths_and_leaves, with_leaves
 
@@ -34,9 +34,9 @@ def quantized_params(source: str | os.PathLike, config: Config, like: Any, *, we
         name = hf_name(path)
         layers = range(leaf.shape[0]) if "{}" in name else (0,)
         stored = [tensors[name.format(layer)] for layer in layers]
-        arrange = partial(_arranged, name, config, stacked="{}" in name)
+        arrange = partial(_arranged, path, config, stacked="{}" in name)
         # Blocks lie along the rows of the file: the inputs of an output, or the features of a token.
-        axis = -2 if is_kernel(name) else -1
+        axis = -2 if is_kernel(path) else -1
         made.append(_blocks(stored, leaf, arrange, axis, weights) or _floats(stored, leaf, arrange, weights))
     return with_leaves(like, made)
 
@@ -77,13 +77,13 @@ def _floats(stored: Sequence[gguf.Tensor], leaf: jax.ShapeDtypeStruct, arrange: 
     return _place(arrange([tensor.dequantize() for tensor in stored]).astype(leaf.dtype), leaf.sharding)
 
 
-def _arranged(name: str, config: Config, rows: Sequence[np.ndarray], *, stacked: bool) -> np.ndarray:
+def _arranged(path: str, config: Config, rows: Sequence[np.ndarray], *, stacked: bool) -> np.ndarray:
     """Arrays of a weight, one a layer with the file's rows, as its parameter lies: (layers, in, out) for a kernel."""
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-    projection = name.rpartition("_proj")[0][-1:] if "self_attn" in name else ""
+    projection = path.rpartition("_proj")[0][-1:] if "self_attn" in path else ""
     if projection in heads:
         rows = [convert.unpermute(array, heads[projection]) for array in rows]
-    if is_kernel(name):
+    if is_kernel(path):
         rows = [array.T for array in rows]
     return np.stack(rows) if stacked else np.ascontiguousarray(rows[0])
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from jaxpeft import sharding
 from jaxpeft.models import generate as generation
 from jaxpeft.models.config import Config
 from jaxpeft.models.decoder import Decoder, split_over
+from jaxpeft.models.generate import Sampling, Writing
 from jaxpeft.sharding import Rules
 
 # The mesh axes of the parameters. Products alternate between splitting the output and the input over "tensor", so that
@@ -41,14 +41,7 @@ def _skeleton(config: Config) -> tuple[Any, Any]:
 
 
 def abstract(config: Config) -> dict[str, Any]:
-    """The parameter tree as `jax.ShapeDtypeStruct`, without memory.
-
-    >>> from jaxpeft.models import Config
-    >>> seven_billion = Config(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-    ...                        num_attention_heads=32)
-    >>> abstract(seven_billion)["layers"]["mlp"]["down_proj"]["kernel"].shape
-    (32, 11008, 4096)
-    """
+    """The parameter tree as `jax.ShapeDtypeStruct`, without memory."""
     return nnx.to_pure_dict(_skeleton(config)[1])
 
 
@@ -69,24 +62,18 @@ def random(config: Config, key: jax.Array) -> LanguageModel:
     return LanguageModel(config, init(key), source="random")
 
 
-def shapes(config: Config, *, mesh: Mesh | None = None, rules: Rules | None = None, source: str = "") -> LanguageModel:
-    """A model of `jax.ShapeDtypeStruct`s, without memory: for counts and for compiling ahead of time.
+class Scores(NamedTuple):
+    """What `LanguageModel.scores` returns.
 
-    Args:
-      config: architecture and numerics.
-      mesh: where the parameters would lie, as in `jaxpeft.models.load`; nowhere by default.
-      rules: as in `jaxpeft.models.load`.
-      source: what to call it.
-
-    >>> from jaxpeft.models import ARCHITECTURES
-    >>> shapes(ARCHITECTURES["meta-llama/Llama-2-7b-hf"]).num_params
-    6738415616
+    Attributes:
+      following: (B, S) float32, the log-probability of the token after each; no meaning from the last token on.
+      likeliest: (B, S) int32, the likeliest token after each.
+      last: (B, V) float32, the log-probability of every token after the last.
     """
-    params = abstract(config)
-    if mesh is not None:
-        placed = sharding.from_rules(params, mesh, DEFAULT_RULES if rules is None else rules, strict=rules is not None)
-        params = sharding.shapes(params, placed)
-    return LanguageModel(config, params, source=source)
+
+    following: jax.Array
+    likeliest: jax.Array
+    last: jax.Array
 
 
 # Compared by identity, so that jax.jit takes the bound methods.
@@ -103,6 +90,8 @@ class LanguageModel:
       tokenizer: a `transformers` tokenizer, or None.
       source: where the parameters come from.
       eos_ids: tokens that end a text, beside the tokenizer's own.
+      hf_config, generation_config: what the folder it was loaded from says in ``config.json`` and
+        ``generation_config.json``; `jaxpeft.models.save` passes it on.
     """
 
     config: Config
@@ -110,6 +99,8 @@ class LanguageModel:
     tokenizer: Any = dataclasses.field(default=None, repr=False)
     source: str = ""
     eos_ids: tuple[int, ...] = ()
+    hf_config: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    generation_config: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def with_config(self, **changes: Any) -> LanguageModel:
         """The same model with other numerics, for instance ``lm.with_config(remat="full")``."""
@@ -168,26 +159,43 @@ class LanguageModel:
         """
         decoder = self._decoder(params)
         hidden = decoder.hidden(tokens, positions=positions, segment_ids=segment_ids)
-        batch, length = tokens.shape
         if chunk == "auto":
-            shards = split_over("batch", batch) | split_over("features", self.config.vocab_size)
-            chunk = max(1, _LOGITS_BYTES * math.prod(shards.values()) // (4 * self.config.vocab_size * batch))
-        pieces = 1 if chunk is None else -(-length // chunk)
-        if pieces == 1:
-            return _negative_log_likelihood(decoder.logits(hidden), targets)
+            chunk = self._chunk(tokens.shape[0])
+        return _in_pieces(
+            lambda hidden, targets: _negative_log_likelihood(decoder.logits(hidden), targets), hidden, targets, chunk
+        )
 
-        size = -(-length // pieces)
-        padding = pieces * size - length
-        hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, pieces, size, -1)
-        targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(batch, pieces, size)
+    def scores(self, params: Any, tokens: jax.Array, lengths: jax.Array) -> Scores:
+        """How likely a text is, token by token, and what could have stood in its place.
 
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def piece(_, scanned):
-            hidden, targets = scanned
-            return None, _negative_log_likelihood(decoder.logits(hidden), targets)
+        Args:
+          params: as in `logits`.
+          tokens: (B, S) int, padded on the right.
+          lengths: (B,) int: true lengths, at least 1.
 
-        _, losses = jax.lax.scan(piece, None, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)))
-        return losses.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+        >>> from jaxpeft.models import Config
+        >>> lm = random(Config(vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=2,
+        ...                    num_attention_heads=4, num_key_value_heads=2), jax.random.key(0))
+        >>> scores = lm.scores(lm.params, jnp.array([[5, 9, 2, 0]]), jnp.array([3]))
+        >>> scores.following.shape, scores.likeliest.shape, scores.last.shape
+        ((1, 4), (1, 4), (1, 64))
+        """
+        decoder = self._decoder(params)
+        hidden = decoder.hidden(tokens)
+
+        def piece(hidden, targets):
+            logits = decoder.logits(hidden)
+            return -_negative_log_likelihood(logits, targets), jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        targets = jnp.roll(tokens, -1, axis=1)
+        following, likeliest = _in_pieces(piece, hidden, targets, self._chunk(tokens.shape[0]))
+        ends = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return Scores(following, likeliest, jax.nn.log_softmax(decoder.logits(ends)))
+
+    def _chunk(self, batch: int) -> int:
+        """Positions of a row whose logits take `_LOGITS_BYTES` on a device."""
+        shards = split_over("batch", batch) | split_over("features", self.config.vocab_size)
+        return max(1, _LOGITS_BYTES * math.prod(shards.values()) // (4 * self.config.vocab_size * batch))
 
     def generate(
         self,
@@ -225,24 +233,139 @@ class LanguageModel:
         Raises:
           ValueError: sampling without a key, or an argument out of range.
         """
-        own = getattr(self.tokenizer, "eos_token_id", None)
-        default = self.eos_ids if own is None else tuple(sorted({*self.eos_ids, own}))
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        sampling = generation.Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         return generation.generate(
             self._decoder(params),
             tokens,
             lengths,
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
             key=key,
-            eos_ids=default if eos_ids is None else tuple(eos_ids),
-            pad_id=pad_id if pad_id is not None else pad or 0,
+            eos_ids=self.end_ids if eos_ids is None else tuple(eos_ids),
+            pad_id=self.pad_id if pad_id is None else pad_id,
             padding_side=padding_side,
         )
 
+    def prefill(
+        self,
+        params: Any,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        *,
+        slots: int,
+        sampling: Sampling = Sampling(),  # noqa: B008, frozen
+        key: jax.Array | None = None,
+        eos_ids: Sequence[int] | None = None,
+        padding_side: Literal["right", "left"] = "right",
+    ) -> Writing:
+        """Reads prompts and writes the first token of each; `write` goes on from there.
+
+        `generate` is the two of them in one, for who needs no token before the last.
+
+        Args:
+          params: as in `logits`.
+          tokens: as in `generate`.
+          lengths: as in `generate`.
+          slots: room for keys and values of prompt and answer together: P and the tokens to be written.
+          sampling: how tokens are chosen.
+          key: as in `generate`.
+          eos_ids: as in `generate`.
+          padding_side: as in `generate`.
+
+        Raises:
+          ValueError: no room for an answer, or as in `generate`.
+        """
+        lengths, tokens = jnp.asarray(lengths), jnp.asarray(tokens)
+        aligned = generation.align(tokens, lengths, padding_side)
+        if slots <= tokens.shape[1]:
+            raise ValueError(f"slots={slots} leave no room after prompts of {tokens.shape[1]} tokens")
+        return generation.prefill(
+            self._decoder(params),
+            aligned,
+            lengths,
+            slots=slots,
+            sampling=sampling,
+            key=sampling.key(key),
+            eos_ids=self.end_ids if eos_ids is None else tuple(eos_ids),
+        )
+
+    def write(
+        self,
+        params: Any,
+        writing: Writing,
+        *,
+        count: int,
+        sampling: Sampling = Sampling(),  # noqa: B008, frozen
+        key: jax.Array | None = None,
+        eos_ids: Sequence[int] | None = None,
+        pad_id: int | None = None,
+    ) -> tuple[jax.Array, Writing]:
+        """Writes up to `count` more tokens in every row; stops earlier when every row has ended.
+
+        Args:
+          params: as in `logits`.
+          writing: from `prefill` or an earlier `write`, with `count` slots left. Donate it: its cache is written to.
+          count: N.
+          sampling: how tokens are chosen.
+          key: as in `generate`.
+          eos_ids: as in `generate`.
+          pad_id: as in `generate`.
+
+        Returns:
+          (B, N) int32, `pad_id` after the end of a row; and where the texts stand now.
+
+        >>> import functools
+        >>> from jaxpeft.models import Config
+        >>> lm = random(Config(vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=2,
+        ...                    num_attention_heads=4, num_key_value_heads=2), jax.random.key(0))
+        >>> prompt, lengths = jnp.array([[5, 9, 2]]), jnp.array([3])
+        >>> writing = jax.jit(functools.partial(lm.prefill, slots=8))(lm.params, prompt, lengths)
+        >>> more, writing = jax.jit(functools.partial(lm.write, count=4))(lm.params, writing)
+        >>> whole = lm.generate(lm.params, prompt, lengths, max_new_tokens=5)
+        >>> bool(jnp.all(whole[:, 1:] == more)), int(writing.step)
+        (True, 5)
+        """
+        return generation.write(
+            self._decoder(params),
+            writing,
+            count=count,
+            sampling=sampling,
+            key=sampling.key(key),
+            eos_ids=self.end_ids if eos_ids is None else tuple(eos_ids),
+            pad_id=self.pad_id if pad_id is None else pad_id,
+        )
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text: the model's, and the tokenizer's end of sequence if there is one."""
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        return self.eos_ids if own is None else tuple(sorted({*self.eos_ids, own}))
+
+    @property
+    def pad_id(self) -> int:
+        """The tokenizer's padding token, else 0."""
+        return getattr(self.tokenizer, "pad_token_id", None) or 0
+
     def _decoder(self, params: Any) -> Decoder:
         return nnx.merge(_skeleton(self.config)[0], params)
+
+
+def _in_pieces(of: Callable, hidden: jax.Array, targets: jax.Array, chunk: int | None) -> Any:
+    """``of(hidden, targets)``, arrays (B, S), by at most `chunk` positions of a row at a time."""
+    batch, length = targets.shape
+    pieces = 1 if chunk is None else -(-length // chunk)
+    if pieces == 1:
+        return of(hidden, targets)
+    size = -(-length // pieces)
+    padding = pieces * size - length
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, pieces, size, -1)
+    targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(batch, pieces, size)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def piece(_, scanned):
+        return None, of(*scanned)
+
+    _, found = jax.lax.scan(piece, None, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, :length], found)
 
 
 def _negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:

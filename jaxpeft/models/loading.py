@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxpeft import sharding as placing
-from jaxpeft.models.config import Config
-from jaxpeft.models.language_model import DEFAULT_RULES, LanguageModel, abstract
+from jaxpeft.models.config import FAMILIES, Config
+from jaxpeft.models.encoder_config import ENCODER_FAMILIES, EncoderConfig
+from jaxpeft.models.encoder_model import EncoderModel
+from jaxpeft.models.language_model import LanguageModel
+from jaxpeft.models.names import file_name, is_kernel, known_name, left_out
+from jaxpeft.models.shapes import abstract, placed
 from jaxpeft.sharding import Rules
 from jaxpeft.sites import flatten, paths_and_leaves
 
-# Written by older versions of transformers, and computed from the configuration here.
-_DERIVED = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|attn\.bias$")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder with one of them has a tokenizer."""
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -33,7 +36,7 @@ def load(
     rules: Rules | None = None,
     tokenizer: bool = True,
     weights: bool = True,
-) -> LanguageModel:
+) -> LanguageModel | EncoderModel:
     """Loads a model saved in the Hugging Face format: ``config.json``, safetensors files, the tokenizer's files.
 
     Each parameter is read from the memory-mapped files piece by piece into its final arrays, the layers stacked and
@@ -50,6 +53,10 @@ def load(
       weights: False gives `jax.ShapeDtypeStruct` in place of the parameters, and reads no weights; needs `dtype`, if
         there are no weights' files to tell it.
 
+    Returns:
+      What the architecture in ``config.json`` is: a `LanguageModel`, or an `EncoderModel` of text or of images. An
+      encoder's file may also hold heads and a pooler, which are left out.
+
     Raises:
       FileNotFoundError: the folder, its configuration, weights or tokenizer are missing.
       ValueError: an unsupported architecture, a damaged file, or tensors that are missing, unexpected or of another
@@ -60,16 +67,17 @@ def load(
         raise FileNotFoundError(f"{folder}: no such folder")
     if dtype is None:
         dtype = _Tensors(folder).dtype()
-    config = Config.from_hf(_read_config(folder), dtype=dtype, param_dtype=param_dtype or dtype)
-    expected = {path: (hf_name(path), leaf) for path, leaf in flatten(abstract(config)).items()}
+    config = _config(folder, dtype=dtype, param_dtype=param_dtype or dtype)
+    expected = {path: (file_name(path, config), leaf) for path, leaf in flatten(abstract(config)).items()}
     if weights:
-        files = _Tensors(folder)
+        files = _Tensors(folder, config)
         files.check(expected, config)
         read = files.array
     else:
         read = _shape
     # Read before the weights: it is what is more often missing.
-    text = _read_tokenizer(folder) if tokenizer else None
+    reads_text = isinstance(config, Config) or not config.is_vision
+    text = _read_tokenizer(folder) if tokenizer and reads_text else None
 
     shardings = _shardings(config, mesh, rules)
     params: dict[str, Any] = {}
@@ -78,27 +86,26 @@ def load(
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = read(name, leaf, shardings[path])
-    return LanguageModel(config, params, text, source=str(folder), eos_ids=_eos_ids(folder))
-
-
-def hf_name(path: str) -> str:
-    """Name of a parameter in a Hugging Face file; ``{}`` stands for the layer's number.
-
-    >>> hf_name("layers/self_attn/q_proj/kernel"), hf_name("embed/embedding")
-    ('model.layers.{}.self_attn.q_proj.weight', 'model.embed_tokens.weight')
-    """
-    module, leaf = path.rsplit("/", 1)
-    module = module.replace("input_norm", "input_layernorm").replace("attention_norm", "attention_layernorm")
-    module = {"embed": "model.embed_tokens", "norm": "model.norm"}.get(module, module)
-    module = module.replace("layers/", "model.layers.{}.").replace("/", ".")
-    return f"{module}.{'bias' if leaf == 'bias' else 'weight'}"
+        node[last] = read(path, name, leaf, shardings[path])
+    own = _json(folder / "config.json")
+    if isinstance(config, EncoderConfig):
+        return EncoderModel(config, params, text, source=str(folder), hf_config=own)
+    generation = _json(folder / "generation_config.json")
+    return LanguageModel(
+        config,
+        params,
+        text,
+        source=str(folder),
+        eos_ids=_eos_ids(generation) or _eos_ids(own),
+        hf_config=own,
+        generation_config=generation,
+    )
 
 
 class _Tensors:
     """The tensors of a folder's safetensors files; headers are read at once, values on demand."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, config: Config | EncoderConfig | None = None):
         from safetensors import SafetensorError, safe_open
 
         index = folder / "model.safetensors.index.json"
@@ -118,7 +125,8 @@ class _Tensors:
                 size = (folder / name).stat().st_size
                 raise ValueError(f"{folder / name}: damaged or incomplete ({size} bytes): {error}") from error
             # A slice keeps its file open.
-            self.slices.update((key, file.get_slice(key)) for key in file.keys())  # noqa: SIM118, not a dict
+            for key in file.keys():  # noqa: SIM118, not a dict
+                self.slices[key if config is None else known_name(key, config)] = file.get_slice(key)
 
     def dtype(self) -> str:
         """The dtype that most weights have."""
@@ -131,19 +139,18 @@ class _Tensors:
             )
         return dtype
 
-    def check(self, expected: dict[str, tuple[str, jax.ShapeDtypeStruct]], config: Config) -> None:
+    def check(self, expected: dict[str, tuple[str, jax.ShapeDtypeStruct]], config: Config | EncoderConfig) -> None:
         """Compares names and shapes with those the configuration asks for, before anything is read."""
         shapes = {}
-        for name, leaf in expected.values():
+        for path, (name, leaf) in expected.items():
             stacked = "{}" in name
-            shape = _file_shape(leaf.shape[1:] if stacked else leaf.shape, name)
+            shape = _file_shape(leaf.shape[1:] if stacked else leaf.shape, path)
             for layer in range(config.num_hidden_layers if stacked else 1):
                 shapes[name.format(layer)] = shape
         problems = [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in self.slices]
         for name, tensor in self.slices.items():
             found = tuple(tensor.get_shape())
-            tied_copy = config.tie_word_embeddings and name == "lm_head.weight"
-            if name not in shapes and not tied_copy and not _DERIVED.search(name):
+            if name not in shapes and not left_out(name, config):
                 problems.append(f"unexpected: {name} {found}")
             elif name in shapes and found != shapes[name]:
                 problems.append(f"shape: {name} is {found} in the file and {shapes[name]} by the configuration")
@@ -151,12 +158,12 @@ class _Tensors:
             listed = "\n  ".join(problems[:40]) + (f"\n  … {len(problems) - 40} more" if len(problems) > 40 else "")
             raise ValueError(f"{self.folder}: {len(problems)} tensors do not fit config.json:\n  {listed}")
 
-    def array(self, name: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+    def array(self, path: str, name: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         """A parameter as laid out by `sharding`, every shard read and stacked on its own."""
 
         def read(layer: int, index: tuple[slice, ...]) -> np.ndarray:
-            if is_kernel(name):
-                return self.slices[name.format(layer)][index[1], index[0]].T
+            if is_kernel(path):
+                return self.slices[name.format(layer)][index[::-1]].T
             return self.slices[name.format(layer)][index]
 
         def shard(index: Any) -> np.ndarray:
@@ -172,29 +179,39 @@ class _Tensors:
         return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
 
-def _shape(name: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    del name
+def _shape(path: str, name: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    del path, name
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def is_kernel(name: str) -> bool:
-    """Whether a tensor of a Hugging Face file is (out, in), and the parameter (in, out)."""
-    return name.endswith(("_proj.weight", "lm_head.weight"))
+def _file_shape(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
+    return shape[::-1] if is_kernel(path) else shape
 
 
-def _file_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
-    # torch keeps kernels as (out, in).
-    return shape[::-1] if is_kernel(name) else shape
-
-
-def _shardings(config: Config, mesh: Mesh | None, rules: Rules | None) -> dict[str, jax.sharding.Sharding]:
+def _shardings(
+    config: Config | EncoderConfig, mesh: Mesh | None, rules: Rules | None
+) -> dict[str, jax.sharding.Sharding]:
     """{path: where the parameter goes}."""
-    tree = abstract(config)
     if mesh is None:
         here = SingleDeviceSharding(jnp.zeros(()).device)  # the default device, wherever a context sets it
-        return dict.fromkeys(flatten(tree), here)
-    placed = placing.from_rules(tree, mesh, DEFAULT_RULES if rules is None else rules, strict=rules is not None)
-    return dict(paths_and_leaves(placed))
+        return dict.fromkeys(flatten(abstract(config)), here)
+    return dict(paths_and_leaves(placed(config, mesh, rules)))
+
+
+def _config(folder: Path, **numerics: str) -> Config | EncoderConfig:
+    """The architecture that ``config.json`` describes; images are normalised as ``preprocessor_config.json`` says."""
+    found = _read_config(folder)
+    if found.model_type not in ENCODER_FAMILIES:
+        if found.model_type not in FAMILIES:
+            known = ", ".join([*FAMILIES, *ENCODER_FAMILIES])
+            raise ValueError(f"model_type {found.model_type!r} is not supported; supported: {known}")
+        return Config.from_hf(found, **numerics)
+    config = EncoderConfig.from_hf(found, **numerics)
+    if config.is_vision and (folder / "preprocessor_config.json").exists():
+        read = json.loads((folder / "preprocessor_config.json").read_text())
+        stated = {name: tuple(read[name]) for name in ("image_mean", "image_std") if name in read}
+        config = dataclasses.replace(config, **stated)
+    return config
 
 
 def _read_config(folder: Path) -> Any:
@@ -205,19 +222,19 @@ def _read_config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
-def _eos_ids(folder: Path) -> tuple[int, ...]:
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _eos_ids(config: dict[str, Any]) -> tuple[int, ...]:
     """The tokens that end a text; chat models may have several, and say so for generation only."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists() and (
-            ids := json.loads((folder / name).read_text()).get("eos_token_id")
-        ) is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
-    return ()
+    ids = config.get("eos_token_id")
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 def _read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise FileNotFoundError(f"{folder}: no tokenizer.json; pass tokenizer=False to load the weights alone")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)

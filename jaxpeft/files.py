@@ -1,0 +1,37 @@
+"""How does a file or a folder appear whole, or not at all?"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A path to fill, a file or a folder, which takes the place of `path` at the end, or vanishes.
+
+    Args:
+      path: where it is to appear; its parents are made.
+      replace: whether it takes the place of what is there. Otherwise that stays: another process was faster, and its
+        result is as good.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     with whole(Path(folder) / "model") as partial:
+    ...         partial.mkdir()
+    ...         before = [path.name for path in Path(folder).glob("model")]
+    ...     after = [path.name for path in Path(folder).iterdir()]
+    >>> before, after
+    ([], ['model'])
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as scratch:
+        partial = Path(scratch) / "partial"
+        yield partial
+        if replace and path.exists():
+            path.rename(Path(scratch) / "replaced")
+        try:
+            partial.rename(path)
+        except OSError:
+            if not path.exists():
+                raise

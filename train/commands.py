@@ -1,0 +1,212 @@
+"""What does each command do, and in what words does it answer?"""
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+TASK_OPTIONS = ("include_path", "num_fewshot", "limit", "tasks_batch_size", "apply_chat_template", "base", "json")
+"""Options of `evaluate` that mean something with --tasks alone."""
+
+
+def fit(options: argparse.Namespace, console: Console) -> None:
+    """Measures, trains, measures, saves and reports; or says what it would do."""
+    from train import config, fit
+
+    parsed = config.load(options.config, options.overrides)
+    if options.dry_run:
+        fit.dry_run(parsed, console)
+    else:
+        fit.fit(parsed, console)
+
+
+def evaluate(options: argparse.Namespace, console: Console) -> None:
+    """Measures on the held-out rows, or on tasks of lm-evaluation-harness."""
+    from train import fit, job
+    from train.config import ConfigError
+
+    config, folder = _run_or_config(options.run, options.overrides)
+    if options.tasks:
+        _evaluate_tasks(options, console, config, folder)
+        return
+    if given := [name for name in TASK_OPTIONS if getattr(options, name) not in (None, False)]:
+        options_given = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError([f"{options_given}: has no effect without --tasks"], "evaluate")
+    made = job.assemble(config)
+    for name, value in made.task.evaluator(made)(fit.trained(made, folder) if folder else made.adapter).items():
+        console.print(f"{name:12} {value:.4f}", highlight=False)
+
+
+def _evaluate_tasks(options: argparse.Namespace, console: Console, config: Any, folder: Path | None) -> None:
+    from train import fit, job, tasks
+    from train.config import ConfigError
+
+    measure = tasks.Tasks(
+        [name.strip() for name in options.tasks.split(",")],
+        include_path=options.include_path,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        batch_size=8 if options.tasks_batch_size is None else options.tasks_batch_size,
+        chat=options.apply_chat_template,
+    )
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise ConfigError([f"--json: {Path(options.json).absolute().parent} is no folder"], "evaluate --tasks")
+    subject = job.subject(config)
+    models = {"base": None} if options.base or not folder else {}
+    if folder:
+        models["adapter"] = fit.trained(subject, folder)
+    found = {name: measure(subject, adapter) for name, adapter in models.items()}
+    console.print(tasks.table(found))
+    if folder:
+        tasks.write(folder / "tasks.json", found)
+    if options.json:
+        tasks.write(Path(options.json), found)
+
+
+def chat(options: argparse.Namespace, console: Console) -> None:
+    """A conversation with the model."""
+    from train import chat, fit, job
+
+    config, folder = _run_or_config(options.run, options.overrides)
+    subject = job.subject(config)
+    made = chat.Chat(
+        subject,
+        fit.trained(subject, folder) if folder else None,
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    chat.converse(made, console)
+
+
+def generate(options: argparse.Namespace, console: Console) -> None:
+    """Answers prompts."""
+    from train import fit, generate, job
+
+    config, folder = _run_or_config(options.run, options.overrides)
+    job.check_generation(config)
+    subject = job.subject(config)
+    adapter = fit.trained(subject, folder) if folder else subject.adapter
+    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin]
+    for answer in generate.answers(
+        subject,
+        adapter,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    ):
+        console.print(answer, markup=False, highlight=False)
+
+
+def export(options: argparse.Namespace, console: Console) -> None:
+    """Writes the merged model as a Hugging Face folder."""
+    from jaxpeft import models
+    from train import config, fit, job, run
+
+    subject = job.subject(config.load(Path(options.run) / "config.yaml"))
+    try:
+        models.save(
+            options.folder,
+            subject.model,
+            fit.trained(subject, Path(options.run)),
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+            overwrite=options.overwrite,
+            dequantize=options.dequantize,
+        )
+    except (ValueError, OSError) as error:
+        raise run.RunError(str(error)) from None
+    console.print(f"model  {options.folder}", highlight=False)
+
+
+def report(options: argparse.Namespace, console: Console) -> None:
+    """Writes what there is to read of a finished run again."""
+    from train import card, fit, report
+
+    page = report.write(Path(options.run))
+    card.write(Path(options.run))
+    fit.show(console, Path(options.run))
+    console.print(f"report  {page}", highlight=False)
+
+
+def bench(options: argparse.Namespace, console: Console) -> None:
+    """Times training steps side by side."""
+    import json
+
+    from train import bench, config, report, run
+
+    parsed = config.load(options.config, options.overrides)
+    rows = bench.steps(parsed, console, rounds=options.rounds, names=options.only or ())
+    console.print(bench.table(rows), markup=False, highlight=False)
+    if options.json:
+        found = {"rows": [row.to_dict() for row in rows], "versions": report.versions()}
+        run.write(Path(options.json), json.dumps(found, indent=2) + "\n")
+
+
+def methods(options: argparse.Namespace, console: Console) -> None:
+    """Prints the table of methods at one budget, or writes their pages."""
+    from train import methods
+
+    if options.pages:
+        methods.pages(Path(options.pages))
+        return
+    found = methods.sites(options.model)
+    made = list(methods.rows(found, options.parameters, options.method or ()))
+    console.print(
+        methods.text(made, found, options.parameters), markup=False, highlight=False, no_wrap=True, crop=False
+    )
+
+
+def simulate(options: argparse.Namespace) -> None:
+    """What has to be in the environment before JAX is imported."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # As many as the largest machine has: what no chip has room for is compiled for them.
+    shapes = [name.partition(":")[2] for name in options.topology or ["v5e:4x4"]]
+    chips = [math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.cpu or max(chips)}"
+    os.environ["XLA_FLAGS"] = flags.strip()
+
+
+def plan(options: argparse.Namespace, console: Console) -> None:
+    """Compiles the training step for machines that are not there."""
+    import json
+
+    from train import config, plan, plan_text, topology
+
+    parsed = config.load(options.config, options.overrides)
+    if options.cpu and options.topology:
+        raise config.ConfigError(["plan: give --topology or --cpu, not both"])
+    names = [f"cpu:{options.cpu}"] if options.cpu else options.topology or ["v5e:4x4"]
+    try:
+        machines = [topology.named(name) for name in names]
+    except topology.TopologyError as error:
+        raise config.ConfigError([f"--topology: {error}"]) from None
+    methods = [name.strip() for name in options.methods.split(",")] if options.methods else ()
+    found = []
+    for one in plan.plans(parsed, machines, methods):
+        found.append(one)
+        if len(machines) * len(methods or "1") > 1:
+            print(f"{one.topology} {one.method}: {one.compile_seconds:.0f} s", file=sys.stderr)
+    if options.json:
+        described = [one.to_dict() for one in found]
+        print(json.dumps(described[0] if len(described) == 1 else described, indent=2))
+    else:
+        shown = plan_text.rows(found) if options.methods or len(found) > 1 else plan_text.page(found[0])
+        console.print(shown, markup=False, highlight=False, no_wrap=True, crop=False)
+
+
+def _run_or_config(path: str, overrides: Sequence[str]):
+    """The configuration, and the run folder if `path` is one."""
+    from train import config
+
+    if Path(path).is_dir():
+        return config.load(Path(path) / "config.yaml", overrides), Path(path)
+    return config.load(path, overrides), None
