@@ -1,0 +1,121 @@
+"""Which adapters does a folder hold now? What came is loaded, what went is dropped, while others serve."""
+
+import difflib
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxpeft import checkpoint
+from jaxpeft.adapter import Adapter
+from jaxpeft.cli import sources
+from train import run
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """An adapter in memory, as its pools.
+
+    Attributes:
+      adapter: its arrays.
+      signature: of the files it was read from; another one means that they changed.
+      created: when they were written, in seconds since 1970.
+    """
+
+    adapter: Adapter
+    signature: tuple[Any, ...]
+    created: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.adapter))
+
+
+class Residents:
+    """The adapters in the subfolders of a folder: those of jaxpeft, training runs, and PEFT's; named as the subfolders.
+
+    Args:
+      folder: that holds them.
+      base: the parameters; adapters of another base are refused by their fingerprint.
+      tokenizer: the fingerprint of the model's tokenizer; None for any.
+      check: raises ValueError for an adapter that cannot be used.
+      reserved: names that no adapter may have.
+
+    Attributes:
+      found: {name: adapter}, replaced as a whole by each `scan`.
+      refused: {name: why}, of the last scan.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        base: Any,
+        *,
+        tokenizer: str | None = None,
+        check: Callable[[Adapter], None] = lambda _: None,
+        reserved: Sequence[str] = (),
+    ):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder}: no such folder of adapters")
+        self.base, self.tokenizer, self.check, self.reserved = base, tokenizer, check, tuple(reserved)
+        self.found: dict[str, Resident] = {}
+        self.refused: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def scan(self) -> None:
+        """Looks at the folder again; reads what is new or changed, and keeps the rest."""
+        with self._lock:
+            found: dict[str, Resident] = {}
+            refused: dict[str, str] = {}
+            folders = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+            for folder in folders:
+                if folder.name.startswith(".") or not folder.is_dir():
+                    continue
+                try:
+                    found[folder.name] = self._read(folder)
+                except Exception as error:  # Whatever is wrong with one folder, the others are served.
+                    refused[folder.name] = f"{type(error).__name__}: {error}"
+            for name, why in refused.items():
+                if self.refused.get(name) != why:
+                    LOG.warning("adapter %s is not served: %s", name, why)
+            for name in found.keys() - self.found.keys():
+                LOG.info("adapter %s is served", name)
+            for name in self.found.keys() - found.keys():
+                LOG.info("adapter %s is gone", name)
+            self.found, self.refused = found, refused
+
+    def nearest(self, name: str) -> list[str]:
+        """Up to three names that are like one that is not there."""
+        return difflib.get_close_matches(name, [*self.reserved, *self.found], n=3, cutoff=0.4)
+
+    def _read(self, folder: Path) -> Resident:
+        if folder.name in self.reserved:
+            raise ValueError(f"{folder.name} is the base model's name; rename the folder")
+        source = sources.find_adapter(folder)
+        signature = _signature(source.adapter or source.path)
+        old = self.found.get(folder.name)
+        if old is not None and old.signature == signature:
+            return old
+        if self.tokenizer is not None and source.adapter is not None:
+            run.check_tokenizer(source.adapter, checkpoint.extra(source.adapter), self.tokenizer)
+        adapter = sources.adapter(folder, self.base)
+        self.check(adapter)
+        newest = max(path.stat().st_mtime for path in (source.adapter or source.path).iterdir())
+        return Resident(adapter, signature, int(newest))
+
+
+def _signature(folder: Path) -> tuple[Any, ...]:
+    """What differs once an adapter's files were written again: they appear whole, under new names or times."""
+    entries = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    return tuple((name, stat.st_mtime_ns, stat.st_size, stat.st_ino) for name, stat in entries)
