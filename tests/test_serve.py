@@ -1,5 +1,6 @@
 """`train serve`: many requests at once get the answers that each gets alone, and OpenAI's client is content."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -281,3 +282,317 @@ def test_what_may_become_a_stop_string_is_kept_back():
     assert text.add(tokenizer("a##", add_special_tokens=False).input_ids) == "a"
     assert text.add(tokenizer("b#", add_special_tokens=False).input_ids) == "##b"
     assert text.end() == "#"
+
+
+class Running:
+    """A server in a thread, on a free port."""
+
+    def __init__(self, service):
+        self.address = serve.bound("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.address.getsockname()[1]}"
+        # "wsproto" is not installed, and the websockets that uvicorn else looks for warn of themselves.
+        config = uvicorn.Config(serve.app(service), log_level="warning", ws="none", timeout_graceful_shutdown=5)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.address]})
+        self.service = service
+
+    def __enter__(self):
+        self.thread.start()
+        wait_for(lambda: self.server.started)
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join()
+        self.address.close()
+
+    def client(self, key=KEY):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def service_of(model, folder, engine, **how):
+    template = Template(model.tokenizer, embedded=model.config.vocab_size)
+    residents = Residents(
+        folder / "adapters", engine.base, tokenizer=template.fingerprint, check=engine.check, reserved=("tiny",)
+    )
+    residents.scan()
+    return serve.Service(engine, template, residents, "tiny", **({"api_keys": ["other", KEY]} | how))
+
+
+@pytest.fixture(scope="module")
+def running(folder, model, adapters):
+    engine = Engine(model, rows=4, max_length=LONGEST, max_queue=64, end_ids=tuple(range(3)))
+    engine.warm_up(list(adapters.values()))
+    with Running(service_of(model, folder, engine)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(running):
+    with running.client() as client:
+        yield client
+
+
+def said(model, alone, prompt, adapter, count):
+    """The text that a prompt is continued with, alone; and the number of its tokens."""
+    tokens = alone(model.tokenizer(prompt, add_special_tokens=False).input_ids, adapter, count)
+    tokens = tokens[: next((at for at, token in enumerate(tokens) if token < 3), len(tokens))]
+    return model.tokenizer.decode(tokens), len(tokens)
+
+
+def test_models_are_the_base_and_the_adapters(client, running):
+    listed = client.models.list().data
+    assert [one.id for one in listed] == ["tiny", *sorted(SPECS)]
+    assert client.models.retrieve("red").id == "red"
+    refused = running.service.residents.refused
+    assert "another base" in refused["strange"]
+    assert "holds neither" in refused["empty"]
+
+
+def test_completions(client, model, adapters, alone):
+    for name in ("tiny", "red", "green"):
+        answer = client.completions.create(model=name, prompt="Once upon", max_tokens=20, temperature=0)
+        wanted, tokens = said(model, alone, "Once upon", adapters.get(name), 20)
+        assert answer.choices[0].text == wanted
+        assert answer.choices[0].finish_reason == ("length" if tokens == 20 else "stop")
+        assert answer.usage.prompt_tokens == 9
+        assert answer.usage.completion_tokens == tokens
+        assert answer.model == name
+    same = model.tokenizer("Once upon", add_special_tokens=False).input_ids
+    assert client.completions.create(model="green", prompt=same, max_tokens=20, temperature=0).choices[0].text == wanted
+
+
+def test_conversations_and_streams(client, model, adapters, alone):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    ]
+    how = {"model": "blue", "messages": messages, "max_completion_tokens": 16, "temperature": 0}
+    whole = client.chat.completions.create(**how)
+    prompt = Template(model.tokenizer).prompt([messages[0], {"role": "user", "content": "hi"}])
+    written = alone(prompt, adapters["blue"], 16)
+    assert whole.usage.prompt_tokens == len(prompt)
+    assert whole.choices[0].message.content == model.tokenizer.decode(written[: whole.usage.completion_tokens])
+    assert whole.choices[0].message.role == "assistant"
+    events = list(client.chat.completions.create(**how, stream=True, stream_options={"include_usage": True}))
+    assert events[0].choices[0].delta.role == "assistant"
+    assert "".join(one.choices[0].delta.content or "" for one in events[:-1]) == whole.choices[0].message.content
+    assert events[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert events[-1].usage == whole.usage
+    assert len(events) > 3
+    # Without a number of tokens as many as fit, here with sampling, which a seed repeats.
+    answers = [
+        client.chat.completions.create(model="blue", messages=messages, temperature=1.5, top_p=0.9, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    texts = [answer.choices[0].message.content for answer in answers]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_stop_strings(client, model, alone):
+    whole, _ = said(model, alone, "abc", None, 24)
+    stop = whole[5:7]
+    how = {"model": "tiny", "prompt": "abc", "max_tokens": 24, "temperature": 0, "stop": ["never", stop]}
+    answer = client.completions.create(**how)
+    assert answer.choices[0].text == whole[: whole.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens < 24
+    streamed = client.completions.create(**how, stream=True)
+    assert "".join(event.choices[0].text for event in streamed) == answer.choices[0].text
+
+
+def test_many_at_once_are_all_answered_each_by_its_own(running, model, adapters, alone):
+    names = ["tiny", *SPECS]
+    asked = [(names[number % 5], f"{number} and so on", 8 + number % 9) for number in range(40)]
+
+    async def ask():
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0) as client:
+            return await asyncio.gather(
+                *(
+                    client.completions.create(model=name, prompt=prompt, max_tokens=count, temperature=0)
+                    for name, prompt, count in asked
+                )
+            )
+
+    answers = asyncio.run(ask())
+    for (name, prompt, count), answer in zip(asked, answers, strict=True):
+        assert answer.choices[0].text == said(model, alone, prompt, adapters.get(name), count)[0]
+    assert len({answer.choices[0].text for answer in answers}) > 30
+    assert running.service.engine.busy == 0
+
+
+def test_adapters_come_change_and_go(folder, client, running, adapters, model, alone):
+    def answer(name):
+        return client.completions.create(model=name, prompt="new", max_tokens=8, temperature=0).choices[0].text
+
+    before = running.service.engine.traces.total()
+    try:
+        shutil.copytree(folder / "adapters" / "red", folder / "adapters" / "late")
+        assert answer("late") == answer("red") != answer("green")
+        changed = moved(adapters["red"], 0.5, 7)
+        jaxpeft.save(folder / "adapters" / "late", changed, base=model.params, overwrite=True)
+        reloaded = httpx.post(f"{running.url}/v1/adapters/reload", headers={"Authorization": f"Bearer {KEY}"}).json()
+        assert "late" in reloaded["adapters"]
+        assert "strange" in reloaded["refused"]
+        assert answer("late") == said(model, alone, "new", changed, 8)[0] != answer("red")
+    finally:
+        shutil.rmtree(folder / "adapters" / "late", ignore_errors=True)
+    assert "late" not in [one.id for one in client.models.list()]
+    with pytest.raises(openai.NotFoundError):
+        answer("late")
+    assert running.service.engine.traces.total() == before
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ({"model": "rad"}, openai.NotFoundError, "there is no model 'rad'; the nearest names are red"),
+        ({"model": "strange"}, openai.NotFoundError, "its adapter cannot be used: CheckpointError: .*another base"),
+        ({"prompt": "long " * 40}, openai.BadRequestError, "200 tokens and max_tokens=4 are 204 together; at most 96"),
+        ({"prompt": ""}, openai.BadRequestError, "the prompt is empty"),
+        ({"prompt": [1, 5000]}, openai.BadRequestError, "token 5000 is not of 0 to"),
+        ({"prompt": ["a", "b"]}, openai.BadRequestError, "found 2 prompts; one a request"),
+        ({"n": 2}, openai.BadRequestError, "n=2: no value other than 1 is supported"),
+        ({"echo": True}, openai.BadRequestError, "echo=True: no value other than False"),
+        ({"temperature": 3.0}, openai.BadRequestError, "temperature: Input should be less than or equal to 2"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
+        ({"stop": ["a", ""]}, openai.BadRequestError, "stop: an empty string"),
+        (
+            {"extra_body": {"temprature": 0}},
+            openai.BadRequestError,
+            "'temprature'; did you mean temperature",
+        ),
+    ],
+)
+def test_mistakes_are_named(client, how, kind, message):
+    with pytest.raises(kind, match=message) as raised:
+        client.completions.create(**({"model": "red", "prompt": "a", "max_tokens": 4} | how))
+    assert raised.value.body["type"] == "invalid_request_error"
+
+
+def test_a_conversation_of_unknown_roles(client):
+    with pytest.raises(openai.BadRequestError, match=r"messages.0.role: Input should be 'system'"):
+        client.chat.completions.create(model="red", messages=[{"role": "tool", "content": "a"}])
+
+
+def test_keys(running):
+    with running.client("wrong") as client, pytest.raises(openai.AuthenticationError, match="missing or wrong"):
+        client.models.list()
+    for headers in ({}, {b"Authorization": b"Bearer s\xe9c"}, {"Authorization": f"Basic {KEY}"}):
+        assert httpx.get(f"{running.url}/v1/models", headers=headers).status_code == 401
+    assert httpx.get(f"{running.url}/v1/nothing").json()["error"]["message"] == "GET /v1/nothing: Not Found"
+
+
+def test_health_and_metrics(running, client):
+    client.completions.create(model="red", prompt="a", max_tokens=3, temperature=0)
+    assert httpx.get(f"{running.url}/health").json() == {"status": "ok"}
+    shown = httpx.get(f"{running.url}/metrics").text
+    figures = dict(line.rsplit(" ", 1) for line in shown.splitlines() if not line.startswith("#"))
+    assert float(figures['jaxpeft_requests_total{path="/v1/completions",status="200"}']) >= 1
+    assert float(figures['jaxpeft_tokens_total{kind="completion"}']) >= 1
+    assert float(figures["jaxpeft_request_seconds_count"]) >= 1
+    assert float(figures["jaxpeft_adapters"]) == len(SPECS)
+    assert float(figures["jaxpeft_rows"]) == 4
+    assert float(figures["jaxpeft_queue_length"]) == float(figures["jaxpeft_rows_in_use"]) == 0
+
+
+class Slow(Engine):
+    """An engine whose answers last until they are cancelled."""
+
+    def _deliver(self, row, written):
+        time.sleep(0.01)
+        answer = self._answers[row]
+        answer.deliver([5] * len(written), None)
+
+
+@pytest.fixture
+def slow(folder, model):
+    engine = Slow(model, rows=1, max_length=LONGEST, max_queue=1)
+    return lambda **how: Running(service_of(model, folder, engine, **how))
+
+
+def test_a_client_that_leaves_frees_its_row(slow):
+    with slow(api_keys=[]) as running:
+        engine, url = running.service.engine, f"{running.url}/v1/completions"
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 50}
+        with httpx.stream("POST", url, json=body | {"stream": True}, timeout=60) as response:
+            next(response.iter_text())
+            assert engine.busy == 1
+        wait_for(lambda: engine.busy == 0)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body, timeout=httpx.Timeout(60, read=1))
+        wait_for(lambda: engine.busy == 0)
+        wait_for(lambda: 'status="499"} 2.0' in httpx.get(f"{running.url}/metrics").text)
+
+
+def test_a_full_queue_and_a_timeout(slow):
+    async def ask(url, count):
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+            asked = (client.completions.create(model="tiny", prompt="a", max_tokens=50) for _ in range(count))
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+    with slow(api_keys=[], timeout=2.0) as running:
+        found = asyncio.run(ask(running.url, 6))
+        status = sorted(error.status_code for error in found)
+        assert set(status) == {429, 504}
+        assert "no answer within 2 seconds" in str([error for error in found if error.status_code == 504])
+        assert "1 requests wait already" in str([error for error in found if error.status_code == 429])
+        wait_for(lambda: running.service.engine.busy == 0)
+        # A stream has begun when the time is over: the error is its last event.
+        with running.client() as client, pytest.raises(openai.APIError, match="no answer within"):
+            list(client.completions.create(model="tiny", prompt="a", max_tokens=50, stream=True))
+
+
+def test_sigterm_lets_what_runs_end(folder):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "JAXPEFT_API_KEY": KEY}
+    command = [sys.executable, "-m", "train", "serve", str(folder / "tiny"), "--adapters", str(folder / "adapters")]
+    options = ["--port", "0", "--rows", "2", "--max-length", "512", "--tokens-per-call", "1"]
+    process = subprocess.Popen(
+        [*command, *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("serving tiny and 4 adapters at http://127.0.0.1:"), process.communicate()
+        url = line.split()[-1]
+        with openai.OpenAI(base_url=url, api_key=KEY, timeout=120) as client:
+            stream = client.completions.create(model="red", prompt="a", max_tokens=400, temperature=0, stream=True)
+            events = [next(stream)]
+            process.send_signal(signal.SIGTERM)
+            events += list(stream)
+        assert events[-1].choices[0].finish_reason in ("length", "stop")
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url.replace("/v1", "/health"))
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert "adapter strange is not served: CheckpointError" in errors
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["MODEL", "--adapters", "nowhere"], "--adapters: nowhere is no folder"),
+        (["MODEL", "--max-length", "513"], "max_length=513: expected 2 to 512"),
+        (["MODEL", "--timeout", "0"], "--timeout: expected more than 0 seconds"),
+        (["MODEL", "data.template=chats"], "data.template: expected"),
+        (["smollm2-135m"], "smollm2-135m-instruct"),
+    ],
+)
+def test_options_out_of_range(folder, capsys, options, message):
+    assert main(["serve", *[word.replace("MODEL", str(folder / "tiny")) for word in options], "--port", "0"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(running, folder, capsys):
+    port = running.url.rsplit(":", 1)[1]
+    assert main(["serve", str(folder / "tiny"), "--port", port]) == 2
+    assert f"--port {port}: Address already in use" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from train.template import Template
 # What a model alone leaves open; of it only `model` and `data.template` are used.
 _CONFIG = """
 model: {name: NAME}
-method: {name: lora}
+method: {name: lora, rank: 1}
 data: {source: synthetic}
 train: {steps: 1}
 output: {folder: unused}
