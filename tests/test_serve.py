@@ -101,6 +101,23 @@ class Heard:
         self.ended = ended
 
 
+class Waited(Heard):
+    """The same, from the engine's thread."""
+
+    def __init__(self):
+        super().__init__()
+        self.over = threading.Event()
+
+    def __call__(self, tokens, ended):
+        super().__call__(tokens, ended)
+        if ended:
+            self.over.set()
+
+    def wait(self):
+        assert self.over.wait(60)
+        return self.ended
+
+
 def finish(engine):
     while engine.step():
         pass
@@ -215,19 +232,26 @@ def test_a_failure_ends_what_runs_and_nothing_else(model, adapters, capsys, alon
     broken = jaxpeft.init(jax.random.key(0), lora.Spec(rank=2), jaxpeft.find({"up": {"kernel": jnp.ones((3, 4))}}))
     with pytest.raises(ValueError, match="the base has no array 'up/kernel'"):
         engine.check(broken)
-    engine.start()
-    ended = threading.Event()
-    said = Heard()
-
-    def deliver(tokens, reason):
-        said(tokens, reason)
-        if reason:
-            ended.set()
-
-    engine.submit(Request(tokens=np.array([7]), adapter=broken, max_tokens=5), deliver)
-    assert ended.wait(60)
-    assert said.ended.startswith("error: the base has no array")
+    # One that was not checked fails by itself; what runs beside it goes on.
+    first, second = Heard(), Heard()
+    engine.submit(Request(tokens=np.array([7]), max_tokens=20), first)
+    engine.submit(Request(tokens=np.array([7]), adapter=broken, max_tokens=5), second)
+    finish(engine)
+    assert second.ended.startswith("error: the base has no array")
     assert "the base has no array" in capsys.readouterr().err
+    assert first.tokens == alone(np.array([7]), None, 20)
+    # A program that fails takes with it what runs, but not what comes later.
+    works, engine._decode = engine._decode, lambda *_: 1 / 0
+    engine.start()
+    first, third = Waited(), Waited()
+    engine.submit(Request(tokens=np.array([7]), max_tokens=20), first)
+    assert first.wait() == "error: division by zero"
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    engine._decode = works
+    engine.submit(Request(tokens=np.array([7]), adapter=adapters["red"], max_tokens=20), third)
+    assert third.wait() in ("length", "stop")
+    assert third.tokens == alone(np.array([7]), adapters["red"], 20)
+    assert engine.alive
     engine.close()
     with pytest.raises(Closed):
         engine.submit(Request(tokens=np.array([7]), max_tokens=5), Heard())

@@ -135,8 +135,10 @@ class Chat:
         for token in tokens:
             if token in self.subject.template.end_ids:
                 break
-            yield text.add([token])
-        yield text.end()
+            if piece := text.add([token]):
+                yield piece
+        if piece := text.end():
+            yield piece
 
 
 def converse(chat: Chat, console: Console) -> None:

@@ -169,12 +169,12 @@ def serve(options: argparse.Namespace, console: Console) -> None:
     """Serves the model and its adapters until it is stopped."""
     import logging
 
-    from train import config, served
+    from train import config
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("train").setLevel(logging.INFO)
     try:
-        from train import serve
+        from train import serve, served
     except ModuleNotFoundError as error:
         raise config.ConfigError([f"{error.name} is not installed: pip install 'jaxpeft[serve]'"], "serve") from None
     try:

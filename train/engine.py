@@ -219,7 +219,13 @@ class Engine:
         for answer in gone:
             answer.deliver([], "cancelled")
         for row in admitted:
-            self._admit(row)
+            try:
+                self._admit(row)
+            except Exception as error:
+                if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._writing)):
+                    raise
+                traceback.print_exc()  # Nothing was donated yet, so the others go on.
+                self._finish(row, f"error: {error}")
         if self.busy:
             for row, written in enumerate(self._write()):
                 if self._answers[row] is not None:
@@ -305,6 +311,7 @@ class Engine:
         expanded = batch.expand(jax.device_put(adapter, self._device))
         key = _structure(expanded)
         if key not in self._structures:
+            self.check(adapter)
             self._structures[key] = Structure(len(self._structures), self._a_row_each(expanded))
         structure = self._structures[key]
         return structure, dataclasses.replace(expanded, spec=structure.stack.spec)

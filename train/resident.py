@@ -1,5 +1,6 @@
 """Which adapters does a folder hold now? What came is loaded, what went is dropped, while others serve."""
 
+import contextlib
 import difflib
 import logging
 import threading
@@ -71,6 +72,7 @@ class Residents:
         self.base, self.tokenizer, self.check, self.reserved = base, tokenizer, check, tuple(reserved)
         self.found: dict[str, Resident] = {}
         self.refused: dict[str, str] = {}
+        self._refused: dict[str, tuple[Any, ...]] = {}  # signatures
         self._lock = threading.Lock()
 
     def scan(self) -> None:
@@ -78,44 +80,49 @@ class Residents:
         with self._lock:
             found: dict[str, Resident] = {}
             refused: dict[str, str] = {}
-            folders = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-            for folder in folders:
-                if folder.name.startswith(".") or not folder.is_dir():
+            signatures: dict[str, tuple[Any, ...]] = {}
+            for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
+                name = folder.name
+                if name.startswith(".") or not folder.is_dir():
+                    continue
+                signatures[name] = _signature(folder)
+                old = self.found.get(name)
+                if old is not None and old.signature == signatures[name]:
+                    found[name] = old
+                    continue
+                if self._refused.get(name) == signatures[name]:
+                    refused[name] = self.refused[name]
                     continue
                 try:
-                    found[folder.name] = self._read(folder)
+                    found[name] = self._read(folder, signatures[name])
+                    LOG.info("adapter %s is served", name)
                 except Exception as error:  # Whatever is wrong with one folder, the others are served.
-                    refused[folder.name] = f"{type(error).__name__}: {error}"
-            for name, why in refused.items():
-                if self.refused.get(name) != why:
-                    LOG.warning("adapter %s is not served: %s", name, why)
-            for name in found.keys() - self.found.keys():
-                LOG.info("adapter %s is served", name)
-            for name in self.found.keys() - found.keys():
+                    refused[name] = f"{type(error).__name__}: {error}"
+                    LOG.warning("adapter %s is not served: %s", name, refused[name])
+            for name in self.found.keys() - found.keys() - refused.keys():
                 LOG.info("adapter %s is gone", name)
             self.found, self.refused = found, refused
+            self._refused = {name: signatures[name] for name in refused}
 
     def nearest(self, name: str) -> list[str]:
         """Up to three names that are like one that is not there."""
         return difflib.get_close_matches(name, [*self.reserved, *self.found], n=3, cutoff=0.4)
 
-    def _read(self, folder: Path) -> Resident:
+    def _read(self, folder: Path, signature: tuple[Any, ...]) -> Resident:
         if folder.name in self.reserved:
             raise ValueError(f"{folder.name} is the base model's name; rename the folder")
         source = sources.find_adapter(folder)
-        signature = _signature(source.adapter or source.path)
-        old = self.found.get(folder.name)
-        if old is not None and old.signature == signature:
-            return old
         if self.tokenizer is not None and source.adapter is not None:
             run.check_tokenizer(source.adapter, checkpoint.extra(source.adapter), self.tokenizer)
         adapter = sources.adapter(folder, self.base)
         self.check(adapter)
-        newest = max(path.stat().st_mtime for path in (source.adapter or source.path).iterdir())
-        return Resident(adapter, signature, int(newest))
+        return Resident(adapter, signature, max(nanoseconds for _, nanoseconds, _ in signature) // 10**9)
 
 
-def _signature(folder: Path) -> tuple[Any, ...]:
-    """What differs once an adapter's files were written again: they appear whole, under new names or times."""
-    entries = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
-    return tuple((name, stat.st_mtime_ns, stat.st_size, stat.st_ino) for name, stat in entries)
+def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, time and size of every file: what differs once an adapter is written again, or copied to its end."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # It went while we looked; the next scan sees it gone.
+            found.append((str(path), path.stat().st_mtime_ns, path.stat().st_size))
+    return tuple(found)

@@ -138,7 +138,7 @@ class Service:
         text = Text(self.template.tokenizer, asked.stops)
         return Ongoing(answer, events, text, time.monotonic() + self.timeout, self.timeout)
 
-    def authorize(self, request: fastapi.Request) -> None:
+    async def authorize(self, request: fastapi.Request) -> None:
         """Raises ApiError unless the request has one of the keys."""
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
         if self.api_keys and not any(hmac.compare_digest(given, key.encode()) for key in self.api_keys):
