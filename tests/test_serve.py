@@ -34,6 +34,13 @@ from train.text import Text
 KEY = "secret"
 MOS = mos.Spec(rank=3, equivalent_rank=2, private_rank=1, shards_per_vector=2)
 SPECS = {"red": lora.Spec(rank=2), "blue": lora.Spec(rank=2, rslora=True), "green": MOS, "thin": ia3.Spec()}
+RUN = """
+model: {name: MODEL}
+method: {name: lora, rank: 2}
+data: {source: synthetic, template: plain}
+train: {steps: 1}
+output: {folder: unused}
+"""
 LONGEST = 96
 
 
@@ -472,6 +479,24 @@ def test_adapters_come_change_and_go(folder, client, running, adapters, model, a
     with pytest.raises(openai.NotFoundError):
         answer("late")
     assert running.service.engine.traces.total() == before
+
+
+def test_a_run_reads_conversations_as_it_was_trained_to(folder, client, model, adapters, alone):
+    run = folder / "adapters" / "run"
+    messages = [{"role": "user", "content": "hi"}]
+    try:
+        shutil.copytree(folder / "adapters" / "red", run / "adapter")
+        (run / "config.yaml").write_text(RUN.replace("MODEL", str(folder / "tiny")))
+        answer = client.chat.completions.create(model="run", messages=messages, max_tokens=8, temperature=0)
+        prompt = model.tokenizer.decode(Template(model.tokenizer, "plain").prompt(messages))
+        assert answer.choices[0].message.content == said(model, alone, prompt, adapters["red"], 8)[0]
+        assert answer.usage.prompt_tokens == len(prompt) < len(Template(model.tokenizer).prompt(messages))
+        (run / "config.yaml").write_text("nonsense: 1")
+        client.models.list()
+        with pytest.raises(openai.NotFoundError, match="its adapter cannot be used: ConfigError"):
+            client.chat.completions.create(model="run", messages=messages)
+    finally:
+        shutil.rmtree(run)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import jax
 from jaxpeft import checkpoint
 from jaxpeft.adapter import Adapter
 from jaxpeft.cli import sources
-from train import run
+from train import config, run
 
 LOG = logging.getLogger(__name__)
 
@@ -27,11 +27,13 @@ class Resident:
       adapter: its arrays.
       signature: of the files it was read from; another one means that they changed.
       created: when they were written, in seconds since 1970.
+      template: how conversations were written that a run was trained with, `data.template`; None if that is not known.
     """
 
     adapter: Adapter
     signature: tuple[Any, ...]
     created: int
+    template: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +118,8 @@ class Residents:
             run.check_tokenizer(source.adapter, checkpoint.extra(source.adapter), self.tokenizer)
         adapter = sources.adapter(folder, self.base)
         self.check(adapter)
-        return Resident(adapter, signature, max(nanoseconds for _, nanoseconds, _ in signature) // 10**9)
+        template = config.load(folder / "config.yaml").data.template if source.kind == "run" else None
+        return Resident(adapter, signature, max(nanoseconds for _, nanoseconds, _ in signature) // 10**9, template)
 
 
 def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import os
 import secrets
@@ -25,7 +26,7 @@ from train import openai_api
 from train.engine import Engine
 from train.openai_api import ApiError, Asked, ChatAsked, CompletionAsked, Reply
 from train.request import Answer, Closed, QueueFull, Request, TooLong
-from train.resident import Residents
+from train.resident import Resident, Residents
 from train.serve_metrics import Metrics
 from train.template import Template, TemplateError
 from train.text import Text
@@ -61,7 +62,7 @@ class Service:
         if self.residents is not None:
             await asyncio.to_thread(self.residents.scan)
 
-    async def adapter(self, name: str) -> Any:
+    async def resident(self, name: str) -> Resident | None:
         """The adapter of that name, None for the base.
 
         Raises:
@@ -72,7 +73,7 @@ class Service:
         if name not in self.names():
             await self.rescan()
         if self.residents is not None and (found := self.residents.found.get(name)):
-            return found.adapter
+            return found
         message = f"there is no model {name!r}"
         if self.residents is not None and name in self.residents.refused:
             message += f"; its adapter cannot be used: {self.residents.refused[name]}"
@@ -80,7 +81,12 @@ class Service:
             message += f"; the nearest names are {', '.join(near)}"
         raise ApiError(404, message, "model_not_found", "model")
 
-    def prompt(self, asked: CompletionAsked | ChatAsked) -> np.ndarray:
+    def template_of(self, resident: Resident | None) -> Template:
+        """A run's adapter reads conversations as it was trained to, all others as the base does."""
+        kind = resident.template if resident is not None else None
+        return self.template if kind is None else dataclasses.replace(self.template, kind=kind)
+
+    def prompt(self, asked: CompletionAsked | ChatAsked, template: Template) -> np.ndarray:
         """The tokens of what was asked.
 
         Raises:
@@ -88,10 +94,10 @@ class Service:
         """
         try:
             if isinstance(asked, ChatAsked):
-                return self.template.prompt([message.plain() for message in asked.messages])
+                return template.prompt([message.plain() for message in asked.messages])
             prompt = asked.one_prompt
             if isinstance(prompt, str):
-                return self.template.plain(prompt)
+                return template.plain(prompt)
             vocabulary = self.engine.model.config.vocab_size
             if wrong := [token for token in prompt if not 0 <= token < vocabulary]:
                 raise ApiError(400, f"prompt: token {wrong[0]} is not of 0 to {vocabulary - 1}", param="prompt")
@@ -106,7 +112,8 @@ class Service:
           ApiError: it cannot be answered.
         """
         asked.check()
-        adapter, tokens = await self.adapter(asked.model), self.prompt(asked)
+        resident = await self.resident(asked.model)
+        tokens = self.prompt(asked, self.template_of(resident))
         longest = asked.max_completion_tokens or asked.max_tokens if isinstance(asked, ChatAsked) else asked.max_tokens
         if longest is None:  # As OpenAI's: a text has 16 tokens, an answer in a conversation as many as fit.
             longest = max(self.engine.max_length - len(tokens), 1) if isinstance(asked, ChatAsked) else 16
@@ -120,7 +127,7 @@ class Service:
         try:
             request = Request(
                 tokens=tokens,
-                adapter=adapter,
+                adapter=resident and resident.adapter,
                 max_tokens=longest,
                 temperature=1.0 if asked.temperature is None else asked.temperature,
                 top_p=1.0 if asked.top_p is None else asked.top_p,
@@ -231,7 +238,7 @@ def app(service: Service) -> FastAPI:
 
     @made.get("/v1/models/{name}", dependencies=keyed)
     async def model(name: str) -> dict[str, Any]:
-        await service.adapter(name)
+        await service.resident(name)
         return openai_api.listed(name, service.names()[name], "jaxpeft")
 
     @made.post("/v1/adapters/reload", dependencies=keyed)
