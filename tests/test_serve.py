@@ -318,11 +318,11 @@ def test_what_may_become_a_stop_string_is_kept_back():
 class Running:
     """A server in a thread, on a free port."""
 
-    def __init__(self, service):
+    def __init__(self, service, grace=5):
         self.address = serve.bound("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.address.getsockname()[1]}"
         # "wsproto" is not installed, and the websockets that uvicorn else looks for warn of themselves.
-        config = uvicorn.Config(serve.app(service), log_level="warning", ws="none", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(serve.app(service), log_level="warning", ws="none", timeout_graceful_shutdown=grace)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.address]})
         self.service = service
@@ -564,7 +564,7 @@ class Slow(Engine):
 @pytest.fixture
 def slow(folder, model):
     engine = Slow(model, rows=1, max_length=LONGEST, max_queue=1)
-    return lambda **how: Running(service_of(model, folder, engine, **how))
+    return lambda grace=5, **how: Running(service_of(model, folder, engine, **how), grace)
 
 
 def test_a_client_that_leaves_frees_its_row(slow):
@@ -597,6 +597,23 @@ def test_a_full_queue_and_a_timeout(slow):
         # A stream has begun when the time is over: the error is its last event.
         with running.client() as client, pytest.raises(openai.APIError, match="no answer within"):
             list(client.completions.create(model="tiny", prompt="a", max_tokens=50, stream=True))
+
+
+def test_what_does_not_end_in_time_is_cut_off(slow, capsys):
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 50, "stream": True}
+    with slow(grace=1, api_keys=[]) as running, httpx.Client(timeout=60) as client:
+        with client.stream("POST", f"{running.url}/v1/completions", json=body) as response:
+            pieces = response.iter_text()
+            next(pieces)
+            began = time.monotonic()
+            running.server.should_exit = True
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(pieces)
+        running.thread.join()
+        assert 0.5 < time.monotonic() - began < 30
+        assert running.service.engine.busy == 0
+        assert not running.service.engine.alive
+    assert "timeout graceful shutdown exceeded" in capsys.readouterr().err
 
 
 def test_sigterm_lets_what_runs_end(folder):
