@@ -662,3 +662,39 @@ def test_a_port_that_is_taken(running, folder, capsys):
     port = running.url.rsplit(":", 1)[1]
     assert main(["serve", str(folder / "tiny"), "--port", port]) == 2
     assert f"--port {port}: Address already in use" in capsys.readouterr().err
+
+
+def test_without_its_extra_it_says_what_to_install(folder, capsys, monkeypatch):
+    for name in ("serve", "served"):
+        monkeypatch.delitem(sys.modules, f"train.{name}", raising=False)
+        monkeypatch.delattr(f"train.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert main(["serve", str(folder / "tiny")]) == 2
+    assert "fastapi is not installed: pip install 'jaxpeft[serve]'" in capsys.readouterr().err
+
+
+def test_all_is_compiled_before_the_first_request(folder, monkeypatch, capsys):
+    """`--warm-up`, with the options of a command line, up to where it would serve."""
+    asked = []
+    monkeypatch.setattr(serve, "run", lambda service, address, grace: asked.append((service, grace)))
+    monkeypatch.setenv("JAXPEFT_API_KEY", "first,second")
+    options = [
+        "--adapters",
+        str(folder / "adapters"),
+        "--max-length",
+        "32",
+        "--rows",
+        "2",
+        "--port",
+        "0",
+        "--grace",
+        "7",
+    ]
+    command = ["serve", str(folder / "tiny"), "data.template=plain", *options, "--warm-up", "--api-key", KEY]
+    assert main(command) == 0
+    ((service, grace),) = asked
+    assert grace == 7
+    assert service.template.kind == "plain"
+    assert service.api_keys == [KEY, "first", "second"]
+    assert service.engine.traces == {"prefill 31": 4, "decode": 1}
+    assert "serving tiny and 4 adapters at http://127.0.0.1:" in capsys.readouterr().out

@@ -20,6 +20,7 @@ import uvicorn
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from train import openai_api
@@ -268,7 +269,11 @@ def app(service: Service) -> FastAPI:
             metrics.answered(request.url.path, status, reply.prompt_tokens, written, time.monotonic() - began)
 
         if asked.stream:
-            return StreamingResponse(stream(asked, ongoing, reply, done), media_type="text/event-stream")
+            # A client may be gone before the stream begins, which then never ends either.
+            leave = BackgroundTask(ongoing.answer.cancel)
+            return StreamingResponse(
+                stream(asked, ongoing, reply, done), media_type="text/event-stream", background=leave
+            )
         whole = asyncio.ensure_future(_whole(ongoing))
         gone = asyncio.ensure_future(_disconnected(request))
         try:
