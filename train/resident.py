@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxpeft import checkpoint
 from jaxpeft.adapter import Adapter
 from jaxpeft.cli import sources
@@ -34,11 +32,6 @@ class Resident:
     signature: tuple[Any, ...]
     created: int
     template: str | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its arrays."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.adapter))
 
 
 class Residents:
