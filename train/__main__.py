@@ -1,4 +1,4 @@
-"""The command line: fit, evaluate, generate, chat, export, report, bench, plan, methods."""
+"""The command line: fit, evaluate, generate, chat, serve, export, report, bench, plan, methods."""
 
 import argparse
 import logging
@@ -153,6 +153,30 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default 256)")
     chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     chat.add_argument("--seed", type=int, default=0, help="of the sampling")
+    serve = command(
+        "serve",
+        commands.serve,
+        "Serve a model and all adapters of a folder over HTTP, as OpenAI's API.",
+        "smollm2-135m-instruct --adapters runs --port 8000",
+    )
+    serve.add_argument(
+        "model", metavar="MODEL_OR_CONFIG", help="a model as in configurations, a configuration, or a run folder"
+    )
+    serve.add_argument("overrides", **overrides)
+    serve.add_argument("--adapters", metavar="FOLDER", help="each of its folders with an adapter or run is a model")
+    serve.add_argument("--name", help="of the base model (default: the last part of its path)")
+    serve.add_argument("--host", default="127.0.0.1", help="default %(default)s: this machine alone")
+    serve.add_argument("--port", type=int, default=8000, help="default %(default)s; 0 takes a free one")
+    serve.add_argument("--rows", type=int, default=8, metavar="N", help="requests written at a time (default 8)")
+    serve.add_argument(
+        "--max-length", type=int, metavar="S", help="tokens of prompt and answer (default: the context, at most 2048)"
+    )
+    serve.add_argument("--tokens-per-call", type=int, default=4, metavar="N", help="between arrivals (default 4)")
+    serve.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that may wait (default 256)")
+    serve.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of a request (default 600)")
+    serve.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="to end after SIGTERM (default 30)")
+    serve.add_argument("--api-key", action="append", metavar="KEY", help="also $JAXPEFT_API_KEY; may be repeated")
+    serve.add_argument("--warm-up", action="store_true", help="compile all programs before the first request")
     export = command(
         "export",
         commands.export,

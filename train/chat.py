@@ -15,6 +15,7 @@ from jaxpeft.models.generate import Sampling, Writing, bucket
 from train import devices
 from train.config import ConfigError
 from train.job import Subject
+from train.text import Text
 
 COMMANDS = {
     "/reset": "forget the conversation",
@@ -130,16 +131,14 @@ class Chat:
 
     def _text(self, tokens: Iterable[int]) -> Iterator[str]:
         """The pieces of the tokens' text; a character of several tokens comes whole."""
-        kept, said = [], ""
+        text = Text(self.subject.template.tokenizer)
         for token in tokens:
             if token in self.subject.template.end_ids:
                 break
-            kept.append(token)
-            text = self.subject.template.tokenizer.decode(kept)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                yield text[len(said) :]
-                said = text
-        yield self.subject.template.tokenizer.decode(kept)[len(said) :]
+            if piece := text.add([token]):
+                yield piece
+        if piece := text.end():
+            yield piece
 
 
 def converse(chat: Chat, console: Console) -> None:

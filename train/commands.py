@@ -165,6 +165,35 @@ def methods(options: argparse.Namespace, console: Console) -> None:
     )
 
 
+def serve(options: argparse.Namespace, console: Console) -> None:
+    """Serves the model and its adapters until it is stopped."""
+    import logging
+
+    from train import config
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("train").setLevel(logging.INFO)
+    try:
+        from train import serve, served
+    except ModuleNotFoundError as error:
+        raise config.ConfigError([f"{error.name} is not installed: pip install 'jaxpeft[serve]'"], "serve") from None
+    try:
+        address = serve.bound(options.host, options.port)
+    except OSError as error:
+        raise config.ConfigError([f"--host {options.host} --port {options.port}: {error.strerror}"], "serve") from None
+    with address:
+        service = served.service(options)
+        if options.warm_up:
+            console.print("compiling …")
+            service.engine.warm_up(
+                [one.adapter for one in service.residents.found.values()] if service.residents else []
+            )
+        host, port = address.getsockname()[:2]
+        names = list(service.names())
+        console.print(f"serving {names[0]} and {len(names) - 1} adapters at http://{host}:{port}/v1", highlight=False)
+        serve.run(service, address, options.grace)
+
+
 def simulate(options: argparse.Namespace) -> None:
     """What has to be in the environment before JAX is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -83,11 +83,15 @@ class Template:
         """The tokens of `messages` up to where the next answer begins, (n,) int32."""
         return np.asarray(self._tokens(self._render(messages, answer_next=True)), np.int32)
 
+    def plain(self, text: str) -> np.ndarray:
+        """The tokens of a text that is no conversation, (n,) int32, after the one that text begins with, if any."""
+        return np.asarray(self._tokens(self._start + text), np.int32)
+
     def encode(self, row: Row) -> Example:
         """The tokens of a row; learned is every answer with its end-of-turn token, or all of a plain text."""
         if not row.messages:
-            tokens = [*self._tokens(self._start + row.text), self.tokenizer.eos_token_id]
-            return Example(np.asarray(tokens, np.int32), np.ones(len(tokens), bool))
+            tokens = np.append(self.plain(row.text), np.int32(self.tokenizer.eos_token_id))
+            return Example(tokens, np.ones(len(tokens), bool))
         tokens: list[int] = []
         learned: list[bool] = []
         text = ""

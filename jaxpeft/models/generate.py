@@ -57,13 +57,62 @@ class Sampling:
             smallest = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
             logits = jnp.where(logits < smallest, -jnp.inf, logits)
         if self.top_p is not None:
-            ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-            probabilities = jax.nn.softmax(ordered, axis=-1)
-            # A token stays if those before it do not reach top_p yet; so the likeliest always does.
-            kept = jnp.cumsum(probabilities, axis=-1) - probabilities < self.top_p
-            smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-            logits = jnp.where(logits < smallest, -jnp.inf, logits)
+            logits = _nucleus(logits, self.top_p)
         return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSampling:
+    """`Sampling` as arrays: every row has its own, and other values compile nothing again.
+
+    Attributes:
+      temperature: (B,) float32; 0 takes the likeliest token.
+      top_p: (B,) float32, above 0; 1 samples among all tokens.
+      drawn: () bool, whether any row samples. Where none does, nothing is sorted and nothing drawn.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    drawn: jax.Array
+
+    def key(self, given: jax.Array | None) -> jax.Array:
+        """The key given.
+
+        Raises:
+          ValueError: there is none.
+        """
+        if given is None:
+            raise ValueError("rows that may sample need key=jax.random.key(…)")
+        return given
+
+    def choose(self, key: jax.Array, logits: jax.Array) -> jax.Array:
+        """As `Sampling.choose`.
+
+        >>> sampling = RowSampling(jnp.array([0.0, 1.0]), jnp.array([1.0, 0.1]), jnp.array(True))
+        >>> sampling.choose(jax.random.key(0), jnp.array([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]]))
+        Array([1, 0], dtype=int32)
+        """
+
+        def draw(logits: jax.Array) -> jax.Array:
+            heated = logits / jnp.where(self.temperature > 0, self.temperature, 1.0)[:, None]
+            drawn = jax.random.categorical(key, _nucleus(heated, self.top_p[:, None])).astype(jnp.int32)
+            return jnp.where(self.temperature > 0, drawn, likeliest(logits))
+
+        def likeliest(logits: jax.Array) -> jax.Array:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        return jax.lax.cond(self.drawn, draw, likeliest, logits)
+
+
+def _nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
+    """The logits (B, V), minus infinity beyond the fewest likeliest tokens whose probabilities sum to `top_p`."""
+    ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    # A token stays if those before it do not reach top_p yet; so the likeliest always does.
+    kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+    smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < smallest, -jnp.inf, logits)
 
 
 class Writing(NamedTuple):
@@ -155,7 +204,7 @@ def prefill(
     lengths: jax.Array,
     *,
     slots: int,
-    sampling: Sampling,
+    sampling: Sampling | RowSampling,
     key: jax.Array,
     eos_ids: tuple[int, ...],
 ) -> Writing:
@@ -191,9 +240,32 @@ def write(
     return _write(decoder, writing, written, 0, sampling=sampling, key=key, eos_ids=eos_ids, pad_id=pad_id)
 
 
+def step(
+    decoder: Decoder,
+    writing: Writing,
+    *,
+    sampling: Sampling | RowSampling,
+    key: jax.Array,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> Writing:
+    """One more token in every row; see `LanguageModel.step`."""
+    # The newest token is read into its slot, and the next one chosen.
+    hidden, cache = decoder.extend(
+        writing.token[:, None],
+        writing.cache,
+        writing.slot,
+        positions=writing.slot - writing.begins,
+        mask=_visible(decoder, writing.begins, writing.slot[None], writing.cache.keys.shape[2]),
+    )
+    token = sampling.choose(jax.random.fold_in(key, writing.step), decoder.logits(hidden[:, -1]))
+    token = jnp.where(writing.ended, pad_id, token).astype(jnp.int32)
+    ended = writing.ended | _ends(token, eos_ids)
+    return Writing(token, ended, writing.step + 1, writing.begins, writing.slot + 1, _laid_out(cache))
+
+
 def _write(decoder, writing, written, filled, *, sampling, key, eos_ids, pad_id):
     """Fills the columns of `written` from the one numbered `filled` on, until every row has ended."""
-    slots = writing.cache.keys.shape[2]
 
     def unfinished(state):
         column, _, writing = state
@@ -201,20 +273,8 @@ def _write(decoder, writing, written, filled, *, sampling, key, eos_ids, pad_id)
 
     def one(state):
         column, written, writing = state
-        # The newest token is read into its slot, and the next one chosen.
-        hidden, cache = decoder.extend(
-            writing.token[:, None],
-            writing.cache,
-            writing.slot,
-            positions=writing.slot - writing.begins,
-            mask=_visible(decoder, writing.begins, writing.slot[None], slots),
-        )
-        token = sampling.choose(jax.random.fold_in(key, writing.step), decoder.logits(hidden[:, -1]))
-        token = jnp.where(writing.ended, pad_id, token).astype(jnp.int32)
-        written = jax.lax.dynamic_update_slice(written, token[:, None], (0, column))
-        ended = writing.ended | _ends(token, eos_ids)
-        writing = Writing(token, ended, writing.step + 1, writing.begins, writing.slot + 1, _laid_out(cache))
-        return column + 1, written, writing
+        writing = step(decoder, writing, sampling=sampling, key=key, eos_ids=eos_ids, pad_id=pad_id)
+        return column + 1, jax.lax.dynamic_update_slice(written, writing.token[:, None], (0, column)), writing
 
     _, written, writing = jax.lax.while_loop(unfinished, one, (jnp.int32(filled), written, writing))
     return written, writing

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxpeft.models import generate as generation
 from jaxpeft.models.config import Config
 from jaxpeft.models.decoder import Decoder, split_over
-from jaxpeft.models.generate import Sampling, Writing
+from jaxpeft.models.generate import RowSampling, Sampling, Writing
 from jaxpeft.sharding import Rules
 
 # The mesh axes of the parameters. Products alternate between splitting the output and the input over "tensor", so that
@@ -252,7 +252,7 @@ class LanguageModel:
         lengths: jax.Array,
         *,
         slots: int,
-        sampling: Sampling = Sampling(),  # noqa: B008, frozen
+        sampling: Sampling | RowSampling = Sampling(),  # noqa: B008, frozen
         key: jax.Array | None = None,
         eos_ids: Sequence[int] | None = None,
         padding_side: Literal["right", "left"] = "right",
@@ -328,6 +328,38 @@ class LanguageModel:
             self._decoder(params),
             writing,
             count=count,
+            sampling=sampling,
+            key=sampling.key(key),
+            eos_ids=self.end_ids if eos_ids is None else tuple(eos_ids),
+            pad_id=self.pad_id if pad_id is None else pad_id,
+        )
+
+    def step(
+        self,
+        params: Any,
+        writing: Writing,
+        *,
+        sampling: Sampling | RowSampling = Sampling(),  # noqa: B008, frozen
+        key: jax.Array | None = None,
+        eos_ids: Sequence[int] | None = None,
+        pad_id: int | None = None,
+    ) -> Writing:
+        """Writes one more token in every row: the body of `write`'s loop, for loops that end otherwise.
+
+        Arguments are those of `write`. The new tokens are the result's ``token``, `pad_id` in rows that had ended; such
+        a row may go on past its last slot, which stays within its own cache.
+
+        >>> from jaxpeft.models import Config
+        >>> lm = random(Config(vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=2,
+        ...                    num_attention_heads=4, num_key_value_heads=2), jax.random.key(0))
+        >>> writing = lm.prefill(lm.params, jnp.array([[5, 9, 2]]), jnp.array([3]), slots=8)
+        >>> more, _ = lm.write(lm.params, writing, count=1)
+        >>> bool(jnp.all(lm.step(lm.params, writing).token == more[:, 0]))
+        True
+        """
+        return generation.step(
+            self._decoder(params),
+            writing,
             sampling=sampling,
             key=sampling.key(key),
             eos_ids=self.end_ids if eos_ids is None else tuple(eos_ids),

@@ -1,0 +1,163 @@
+"""Which adapter answers which row? Many adapters over one base in one batch, each row's chosen by a number in an array.
+
+The adapted function is mapped over the rows (`jax.vmap`) with each row's own updates; products with the base stay one
+product for the whole batch, and only the thin ones of the updates are done row by row.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxpeft.adapter import Adapter
+from jaxpeft.apply import adapt
+from jaxpeft.sites import Sites
+from jaxpeft.spec import Spec
+from jaxpeft.updates import Update
+
+BASE = -1
+"""Number of a row that no adapter answers."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Expanded:
+    """The updates of one adapter or several, made from their pools; takes an adapter's place in `adapt`.
+
+    Attributes:
+        made: {group: update}; of several, every array leads with their number N, then with the group's layers.
+        spec: of the adapter they come from; of several, of the first.
+        sites: the adapted weights.
+    """
+
+    made: dict[str, Update]
+    spec: Spec = dataclasses.field(metadata={"static": True})
+    sites: Sites = dataclasses.field(metadata={"static": True})
+
+    def updates(self) -> dict[str, Update]:
+        """As `Adapter.updates`."""
+        return self.made
+
+
+Adapters = Adapter | Expanded
+
+
+def stack(adapters: Sequence[Adapter]) -> Adapter:
+    """Adapters of one spec and the same sites as one tree, whose arrays lead with their number N.
+
+    Alpha may differ: it is an array. Adapters of other ranks or methods go into a stack of their own; `batched` takes
+    several.
+
+    Raises:
+        ValueError: there is none, or two differ in spec, sites or shapes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft
+        >>> from jaxpeft import batch
+        >>> from jaxpeft.methods import lora
+        >>> sites = jaxpeft.find({"up": {"kernel": jnp.zeros((3, 4))}})
+        >>> adapters = [jaxpeft.init(jax.random.key(i), lora.Spec(rank=2), sites) for i in range(5)]
+        >>> batch.stack(adapters).params["up/kernel"]["a"].shape
+        (5, 1, 2, 3)
+    """
+    adapters = list(adapters)
+    if not adapters:
+        raise ValueError("stack needs at least one adapter")
+    first = adapters[0]
+    for number, other in enumerate(adapters[1:], 1):
+        for what in ("spec", "sites"):
+            if getattr(first, what) != getattr(other, what):
+                raise ValueError(
+                    f"adapter {number} has another {what} than adapter 0: {getattr(other, what)}, not "
+                    f"{getattr(first, what)}; stack it apart, and pass both stacks"
+                )
+        shapes, others = (jax.tree.map(np.shape, (one.params, one.constants)) for one in (first, other))
+        if shapes != others:
+            raise ValueError(f"adapter {number} has arrays of other shapes than adapter 0; stack it apart")
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
+
+
+def size(stacked: Adapters) -> int:
+    """N, the number of adapters in a stack."""
+    return jax.tree.leaves(stacked)[0].shape[0]
+
+
+def member(stacked: Adapter, number: int) -> Adapter:
+    """One adapter of a stack."""
+    return jax.tree.map(lambda leaf: leaf[number], stacked)
+
+
+@jax.jit
+def expand(adapter: Adapter) -> Expanded:
+    """The updates of an adapter, for when it is used many times and its pools stay as they are, as in decoding."""
+    return Expanded(adapter.updates(), adapter.spec, adapter.sites)
+
+
+def batched(fn: Callable) -> Callable:
+    """The function for rows that belong to different adapters.
+
+    Args:
+        fn: as in `jaxpeft.adapt`: called as ``fn(base, *args, **kwargs)``. Each array in `args`, and each array that it
+            returns, leads with the batch; what is in `kwargs` is the same for all rows.
+
+    Returns:
+        A function ``(base, stacks, ids, *args, **kwargs)``. `stacks` is what `stack` returned, `Expanded` ones, or a
+        sequence of both; `ids` (B,) int counts through them, `BASE` for a row without an adapter. Differentiable in
+        the stacks' `params`, so one step trains many adapters. Other ids, and other adapters of the same spec in their
+        place, compile nothing again.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft
+        >>> from jaxpeft import batch
+        >>> from jaxpeft.methods import lora
+        >>> base = {"up": {"kernel": jnp.ones((3, 4))}}
+        >>> sites = jaxpeft.find(base)
+        >>> adapters = [jaxpeft.init(jax.random.key(i), lora.Spec(rank=2), sites) for i in range(5)]
+        >>> forward = batch.batched(lambda base, x: x @ base["up"]["kernel"])
+        >>> forward(base, batch.stack(adapters), jnp.array([4, 0, batch.BASE]), jnp.ones((3, 3))).shape
+        (3, 4)
+    """
+    forward = adapt(fn)
+
+    def run(base: Any, stacks: Adapters | Sequence[Adapters], ids: Array, *args: Any, **kwargs: Any) -> Any:
+        stacks = [stacks] if isinstance(stacks, Adapter | Expanded) else list(stacks)
+        ids = jnp.asarray(ids)
+        _check(ids, args)
+        first, chosen = 0, []
+        for one in stacks:
+            chosen.append(_rows(one, ids - first))
+            first += size(one)
+
+        def row(own: list[Expanded], args: Any) -> Any:
+            out = forward(base, own, *jax.tree.map(lambda leaf: leaf[None], args), **kwargs)
+            return jax.tree.map(lambda leaf: leaf[0], out)
+
+        return jax.vmap(row)(chosen, args)
+
+    return run
+
+
+def _check(ids: Array, args: Any) -> None:
+    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"ids has shape {ids.shape} and type {ids.dtype}; expected one integer a row, (B,)")
+    for leaf in jax.tree.leaves(args):
+        if np.shape(leaf)[:1] != ids.shape:
+            raise ValueError(f"an argument has shape {np.shape(leaf)}; expected {ids.shape[0]} rows, as ids has")
+
+
+def _rows(stacked: Adapters, ids: Array) -> Expanded:
+    """Each row's updates; all arrays are zero, which changes nothing, where the id is of no adapter of this stack."""
+    known = (ids >= 0) & (ids < size(stacked))
+    own = jax.tree.map(lambda leaf: leaf[jnp.clip(ids, 0, size(stacked) - 1)], stacked)
+    if isinstance(own, Adapter):
+        own = jax.vmap(lambda adapter: Expanded(adapter.updates(), adapter.spec, adapter.sites))(own)
+
+    def zero(leaf: Array) -> Array:
+        return jnp.where(known.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype))
+
+    return jax.tree.map(zero, own)

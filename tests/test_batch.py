@@ -1,0 +1,170 @@
+"""Many adapters in one batch: every row answers as it does alone, whoever its neighbours are."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import zoo
+from moved import moved
+from specs import SPECS, STRUCTURES
+
+import jaxpeft
+from jaxpeft import batch, models
+from jaxpeft.methods import METHODS, lora
+
+NAMES = [name for name in SPECS if name in METHODS or name in STRUCTURES]
+IDS = jnp.array([2, 0, batch.BASE, 1, 1])
+TOKENS = jax.random.randint(jax.random.key(3), (5, 5), 0, zoo.VOCAB)
+
+
+def made(name="plain scanned"):
+    return zoo.MODELS[name]()
+
+
+def adapters(spec, count=3, model="plain scanned"):
+    given = made(model)
+    sites = jaxpeft.find(given.params, given.pattern)
+    return [moved(jaxpeft.init(jax.random.key(i), spec, sites, given.params), 0.05, i) for i in range(count)]
+
+
+def alone(model, several, ids, tokens):
+    """Every row by itself, as the base or with its own adapter."""
+    forward = jax.jit(jaxpeft.adapt(model.apply))
+    plain = jax.jit(model.apply)
+    rows = [
+        plain(model.params, row[None]) if number < 0 else forward(model.params, several[number], row[None])
+        for number, row in zip(ids.tolist(), tokens, strict=True)
+    ]
+    return jnp.concatenate(rows)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            n,
+            marks=[]
+            if n in ("lora", "mos", "ia3", "lora dora", "surm", "surm_block", "prolora unexpanded")
+            else [pytest.mark.slow],
+        )
+        for n in NAMES
+    ],
+)
+def test_every_row_answers_as_it_does_alone(name) -> None:
+    model, several = made(), adapters(SPECS[name])
+    stacked = batch.stack(several)
+    assert batch.size(stacked) == 3
+    forward = jax.jit(batch.batched(model.apply))
+    out = forward(model.params, stacked, IDS, TOKENS)
+    wanted = alone(model, several, IDS, TOKENS)
+    np.testing.assert_allclose(out, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+    expanded = jax.jit(jax.vmap(batch.expand))(stacked)
+    np.testing.assert_allclose(forward(model.params, expanded, IDS, TOKENS), out, atol=1e-5 * float(jnp.abs(out).max()))
+
+
+@pytest.mark.parametrize("style", zoo.MODELS)
+def test_every_way_to_write_a_model(style) -> None:
+    model, several = made(style), adapters(SPECS["mos"], model=style)
+    out = jax.jit(batch.batched(model.apply))(model.params, batch.stack(several), IDS, TOKENS)
+    np.testing.assert_allclose(out, alone(model, several, IDS, TOKENS), atol=5e-4)  # of numbers up to 40
+
+
+def test_methods_and_ranks_are_mixed() -> None:
+    model = made()
+    parts = [adapters(SPECS[name], 2) for name in ("mos", "surm", "lora dora", "lora")]
+    ids = jnp.array([7, 0, 3, 5, 2])
+    out = jax.jit(batch.batched(model.apply))(model.params, [batch.stack(part) for part in parts], ids, TOKENS)
+    wanted = alone(model, [adapter for part in parts for adapter in part], ids, TOKENS)
+    np.testing.assert_allclose(out, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+
+
+def test_ids_and_adapters_are_data() -> None:
+    model, traces = made(), []
+
+    def apply(params, tokens):
+        traces.append(None)
+        return model.apply(params, tokens)
+
+    forward = jax.jit(batch.batched(apply))
+    first = adapters(SPECS["mos"])
+    forward(model.params, batch.stack(first), IDS, TOKENS)
+    before = len(traces)
+    others = [moved(one, 0.1, 9).with_alpha(3.0) for one in first]
+    out = forward(model.params, batch.stack(others), IDS[::-1], TOKENS)
+    assert len(traces) == before
+    np.testing.assert_allclose(out, alone(model, others, IDS[::-1], TOKENS), atol=5e-4)
+
+
+def test_many_are_trained_at_once_as_each_is_alone() -> None:
+    model, several = made(), adapters(SPECS["mos"])
+    ids = jnp.array([2, 0, 0, 1, 1])
+    forward, single = batch.batched(model.apply), jaxpeft.adapt(model.apply)
+    optimizer = optax.adam(1e-2)
+
+    def loss(out):
+        return jnp.sum((out - 1) ** 2)
+
+    @jax.jit
+    def step(stacked, state):
+        def value(params):
+            return loss(forward(model.params, stacked.replace(params=params), ids, TOKENS))
+
+        updates, state = optimizer.update(jax.grad(value)(stacked.params), state)
+        return stacked.replace(params=optax.apply_updates(stacked.params, updates)), state
+
+    @jax.jit
+    def step_alone(adapter, state, tokens):
+        def value(params):
+            return loss(single(model.params, adapter.replace(params=params), tokens))
+
+        updates, state = optimizer.update(jax.grad(value)(adapter.params), state)
+        return adapter.replace(params=optax.apply_updates(adapter.params, updates)), state
+
+    stacked = batch.stack(several)
+    state = optimizer.init(stacked.params)
+    for _ in range(3):
+        stacked, state = step(stacked, state)
+    for number, adapter in enumerate(several):
+        own, rows = optimizer.init(adapter.params), TOKENS[np.asarray(ids) == number]
+        for _ in range(3):
+            adapter, own = step_alone(adapter, own, rows)
+        together = jax.tree.leaves(batch.member(stacked, number).params)
+        for ours, theirs in zip(together, jax.tree.leaves(adapter.params), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def test_products_with_the_base_stay_one() -> None:
+    """XLA counts little more than for one adapter: the base's products are done once for all rows."""
+    config = models.Config(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4
+    )
+    lm = models.random(config, jax.random.key(0))
+    sites = jaxpeft.find(lm.params)
+    several = [jaxpeft.init(jax.random.key(i), lora.Spec(rank=4), sites) for i in range(8)]
+    tokens, ids = jnp.zeros((16, 12), jnp.int32), jnp.arange(16) % 8
+
+    def flops(function, *args):
+        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+    mixed = flops(batch.batched(lm.logits), lm.params, batch.stack(several), ids, tokens)
+    assert mixed < 1.02 * flops(jaxpeft.adapt(lm.logits), lm.params, several[0], tokens)
+
+
+def test_mistakes_are_named() -> None:
+    several = adapters(SPECS["mos"])
+    with pytest.raises(ValueError, match="at least one"):
+        batch.stack([])
+    with pytest.raises(ValueError, match="adapter 1 has another spec"):
+        batch.stack([several[0], *adapters(SPECS["lora"], 1)])
+    fewer = dataclasses.replace(several[0], sites=jaxpeft.Sites(several[0].sites.groups[:1]))
+    with pytest.raises(ValueError, match="another sites"):
+        batch.stack([several[0], fewer])
+    model, stacked = made(), batch.stack(several)
+    forward = batch.batched(model.apply)
+    with pytest.raises(ValueError, match="expected one integer a row"):
+        forward(model.params, stacked, jnp.zeros(5), TOKENS)
+    with pytest.raises(ValueError, match="expected 4 rows"):
+        forward(model.params, stacked, IDS[:4], TOKENS)
