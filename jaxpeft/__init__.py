@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning for JAX and Flax by shared and structured updates."""
 
-from jaxpeft import allocate, checkpoint, loko, methods, quantize, sharding
+from jaxpeft import allocate, batch, checkpoint, loko, methods, quantize, sharding
 from jaxpeft.adapter import Adapter, count, delta, init
 from jaxpeft.apply import MaterializeWarning, adapt, explain
 from jaxpeft.budget import Budget, fit_budget
@@ -23,6 +23,7 @@ __all__ = [
     "Sites",
     "adapt",
     "allocate",
+    "batch",
     "checkpoint",
     "combine",
     "count",
