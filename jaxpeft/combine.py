@@ -16,6 +16,7 @@ from jaxpeft.convert import (
     Whole,
     assemble,
     at,
+    check_same,
     check_size,
     cut,
     dense,
@@ -114,12 +115,13 @@ def combine(
         whole = any(stays_whole(one.spec, own) for one in adapters for own in one.sites if _overlap(own, group))
         for path in group.paths:
             frozen = None if leaves is None else to_matrix(leaves[path], group.layout).astype(jnp.float32)
+            adapted = [
+                (weight, one[path][1], {*places(one[path][0])})
+                for weight, one in zip(weights, found, strict=True)
+                if path in one
+            ]
             for index in places(group):
-                given = [
-                    (weight, at(one[path][1], index))
-                    for weight, one in zip(weights, found, strict=True)
-                    if path in one and index in places(one[path][0])
-                ]
+                given = [(weight, at(update, index)) for weight, update, own in adapted if index in own]
                 before = None if frozen is None else frozen[index]
                 if how in PRUNING:
                     made = _pruned(given, before, how, density, majority_sign, random)
@@ -179,12 +181,7 @@ def _union(adapters: Sequence[Adapter]) -> Sites:
     for adapter in adapters:
         for group in adapter.sites:
             for path in group.paths:
-                other = known.setdefault(path, group)
-                if (other.shape, other.layout) != (group.shape, group.layout):
-                    raise ValueError(
-                        f"{path} has shape {group.shape} and layout {group.layout!r} in one adapter, {other.shape} and "
-                        f"{other.layout!r} in another; they are for different bases"
-                    )
+                check_same(path, group, known.setdefault(path, group))
             old = groups.get(group.name, group)
             paths = tuple(dict.fromkeys((*old.paths, *group.paths)))
             entries = None

@@ -136,6 +136,15 @@ def check_size(rank: int | None, energy: float | None) -> None:
         raise ValueError(f"energy={energy}: expected a share of ‖ΔW‖² in (0, 1]")
 
 
+def check_same(path: str, one: Group, other: Group) -> None:
+    """Raises ValueError unless two adapters mean the same by a path that both change."""
+    if (one.shape, one.layout) != (other.shape, other.layout):
+        raise ValueError(
+            f"{path} has shape {one.shape} and layout {one.layout!r} in one adapter, {other.shape} and "
+            f"{other.layout!r} in another; they are for different bases"
+        )
+
+
 def stays_whole(spec: Spec, group: Group) -> bool:
     """Whether a group is trained whole beside the method: a vector, or a `full` part of a mixed spec."""
     head = isinstance(spec, mixed.Spec) and isinstance(spec.part(group), full.Spec)

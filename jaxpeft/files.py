@@ -28,10 +28,13 @@ def whole(path: Path, *, replace: bool = False) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as scratch:
         partial = Path(scratch) / "partial"
         yield partial
+        replaced = Path(scratch) / "replaced"
         if replace and path.exists():
-            path.rename(Path(scratch) / "replaced")
+            path.rename(replaced)
         try:
             partial.rename(path)
         except OSError:
             if not path.exists():
+                if replaced.exists():
+                    replaced.rename(path)
                 raise

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import random
 import tarfile
 import zipfile
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft.files import whole
 from train import builtin, labelled, rows
 from train.config import Config, Data
 from train.rows import DataError
@@ -169,14 +169,13 @@ def _cifar10(data: Data) -> tuple[list[Row], int]:
         decoded = [np.asarray(_pillow().open(io.BytesIO(base64.b64decode(e["input"])))) for e in task["examples"]]
         classes = sorted(task["examples"][0]["target_scores"])
         chosen = [max(e["target_scores"], key=e["target_scores"].get) for e in task["examples"]]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
-        np.savez_compressed(
-            temporary,
-            images=np.stack(decoded),
-            labels=np.array([classes.index(name) for name in chosen], np.int8),
-            classes=np.array(classes),
-        )
-        os.replace(temporary, path)
+        with whole(path) as partial, partial.open("wb") as file:
+            np.savez_compressed(
+                file,
+                images=np.stack(decoded),
+                labels=np.array([classes.index(name) for name in chosen], np.int8),
+                classes=np.array(classes),
+            )
         archive.unlink()
     found = read(str(path))
     random.Random(0).shuffle(found)

@@ -96,7 +96,7 @@ def subject(config: Config, weights: bool = True, train_rows: Sequence[Any] | No
     """
     mesh = devices.mesh(config.mesh)
     outputs = task.of(config).outputs(config, train_rows)
-    model = _prepared(config, _pretrained(config, mesh, weights), outputs)
+    model = _prepared(config, pretrained(config, mesh, weights), outputs)
     # Made on the mesh, because a random key cannot be moved to other processes.
     keys = jax.jit(
         lambda: tuple(jax.random.split(jax.random.key(config.train.seed))), out_shardings=devices.everywhere(mesh)
@@ -117,7 +117,7 @@ def of_shapes(config: Config, mesh: Mesh) -> Subject:
             raise ConfigError([f"model.quantize: {config.model.name} is an architecture, and has no blocks of its own"])
         model = _quantized(config, models.shapes(shape, mesh=mesh, source=config.model.name))
     else:
-        model = _pretrained(config, mesh, weights=False)
+        model = pretrained(config, mesh, weights=False)
     outputs = task.of(config).outputs(config, None)
     model = _prepared(config, model, outputs)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -157,7 +157,8 @@ def _prepared(config: Config, model: Any, outputs: Sequence[str]) -> Any:
     return model.with_head(len(outputs)) if outputs else model
 
 
-def _pretrained(config: Config, mesh: Mesh, weights: bool) -> Any:
+def pretrained(config: Config, mesh: Mesh | None, weights: bool = True) -> Any:
+    """The model of the configuration, in few bits if it says so; without `weights`, its shapes."""
     name, dtype = config.model.name, config.model.dtype
     try:
         kept = config.model.quantize == "gguf"

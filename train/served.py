@@ -1,11 +1,9 @@
 """What does `serve` serve? The model, the template and the adapters that its options name."""
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
-from jaxpeft import models, quantize
 from jaxpeft.models import LanguageModel
 from train import config as configuration
 from train import job, serve
@@ -70,14 +68,7 @@ def service(options: argparse.Namespace) -> serve.Service:
 
 
 def _model(parsed: Config) -> LanguageModel:
-    kept = parsed.model.quantize == "gguf"
-    try:
-        model = models.pretrained(parsed.model.name, dtype=parsed.model.dtype, keep_blocks=kept)
-        if not isinstance(model, LanguageModel):
-            raise ValueError(f"{parsed.model.name} is an encoder, which writes no text")
-        if parsed.model.quantize not in (None, "gguf"):
-            params = quantize.quantize(model.params, parsed.model.quantize)
-            return dataclasses.replace(model, params=params)
-        return model
-    except ValueError as error:
-        raise ConfigError([f"model: {error}"], "serve") from None
+    model = job.pretrained(parsed, mesh=None)
+    if not isinstance(model, LanguageModel):
+        raise ConfigError([f"model.name: {parsed.model.name} is an encoder, which writes no text"], "serve")
+    return model

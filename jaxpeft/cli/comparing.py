@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxpeft.adapter import Adapter, by_path, check_base
 from jaxpeft.cli import sources
-from jaxpeft.convert import at, dense, places
+from jaxpeft.convert import at, check_same, dense, places
 from jaxpeft.layout import to_matrix
 from jaxpeft.sites import flatten
 from jaxpeft.table import table
@@ -70,11 +70,7 @@ def groups(a: Adapter, b: Adapter, params: Any = None) -> Iterator[dict[str, Any
             if path not in updates_b:
                 continue
             other = updates_b[path][0]
-            if (group.shape, group.layout) != (other.shape, other.layout):
-                raise ValueError(
-                    f"{path} has shape {group.shape} and layout {group.layout!r} in one adapter, {other.shape} and "
-                    f"{other.layout!r} in the other; they are for different bases"
-                )
+            check_same(path, group, other)
             stack = None if leaves is None else to_matrix(leaves[path], group.layout).astype(jnp.float32)
             for index in sorted(set(places(group)) & set(places(other))):
                 weight = None if stack is None else stack[index]

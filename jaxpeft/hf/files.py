@@ -1,13 +1,13 @@
 """How do the files of a PEFT adapter come to the disk and back: whole, strict, and never by pickle?"""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxpeft.files import whole
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 _PICKLED = "adapter_model.bin"
@@ -24,24 +24,16 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 
 def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], card: str) -> None:
-    """Writes the three files into a sibling and renames it: the folder appears whole or not at all."""
+    """Writes the three files; the folder appears whole or not at all."""
     from safetensors.numpy import save_file
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    made.mkdir()
-    try:
+    with whole(folder, replace=True) as made:
+        made.mkdir()
         # save_file writes the buffer as it lies, so it must lie in order.
         ordered = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         save_file(ordered, made / WEIGHTS, metadata={"format": "pt"})
         (made / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (made / CARD).write_text(card, encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(made, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
