@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from train import commands
+from train.bench import options as bench_options
 
 NOTES = """exit codes: 0 done; 1 something could not be used (said on stderr); 2 mistakes in the configuration or
 the command; 3 the loss is not finite; 4 another process is gone, the same commands go on; 143 stopped by SIGTERM or
@@ -192,14 +193,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace a model that the folder holds")
     export.add_argument("--dequantize", action="store_true", help="write a base in few bits as floats")
     bench = command(
-        "bench", commands.bench, "Time training steps side by side.", "step configs/quickstart.yaml --rounds 7"
+        "bench", commands.bench, "Measure what costs how much, side by side in one run.", "step --rounds 7 --out figures"
     )
-    bench.add_argument("what", choices=["step"], help="step: one training step of each adapter, and of none")
-    bench.add_argument("config", help="a YAML file: model, sites, data and optimizer")
-    bench.add_argument("overrides", **overrides)
-    bench.add_argument("--rounds", type=int, default=7, help="timed steps of each, in turn (default 7)")
-    bench.add_argument("--only", action="append", metavar="NAME", help="one of the adapters; may be repeated")
-    bench.add_argument("--json", metavar="FILE", help="also write the figures here")
+    bench_options.add(bench)
     methods = command(
         "methods",
         commands.methods,

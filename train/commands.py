@@ -138,17 +138,19 @@ def report(options: argparse.Namespace, console: Console) -> None:
 
 
 def bench(options: argparse.Namespace, console: Console) -> None:
-    """Times training steps side by side."""
-    import json
+    """Measures what costs how much, side by side."""
+    import importlib
 
-    from train import bench, config, report, run
+    from train import config
 
-    parsed = config.load(options.config, options.overrides)
-    rows = bench.steps(parsed, console, rounds=options.rounds, names=options.only or ())
-    console.print(bench.table(rows), markup=False, highlight=False)
-    if options.json:
-        found = {"rows": [row.to_dict() for row in rows], "versions": report.versions()}
-        run.write(Path(options.json), json.dumps(found, indent=2) + "\n")
+    if options.rounds < 1:
+        raise config.ConfigError([f"--rounds: at least 1, found {options.rounds}"], "bench")
+    if options.out and not Path(options.out).is_dir():
+        raise config.ConfigError([f"--out: {options.out} is no folder"], "bench")
+    found = importlib.import_module(f"train.bench.{options.what}").measure(options, console)
+    console.print(found.markdown(), markup=False, highlight=False, no_wrap=True, crop=False)
+    if options.out:
+        found.write(Path(options.out))
 
 
 def methods(options: argparse.Namespace, console: Console) -> None:

@@ -1,0 +1,22 @@
+"""What can be asked of each benchmark? Read without JAX, for --help."""
+
+import argparse
+
+MODEL = "smollm2-135m-instruct"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the benchmarks and their options to the parser of ``bench``."""
+    benchmarks = parser.add_subparsers(required=True, dest="what", metavar="WHAT")
+
+    def benchmark(name: str, help: str) -> argparse.ArgumentParser:
+        made = benchmarks.add_parser(name, help=help, description=help)
+        made.add_argument("--model", default=MODEL, help="a model as in configurations (default %(default)s)")
+        made.add_argument("--rounds", type=int, default=7, help="of all that is compared, in turn (default %(default)s)")
+        made.add_argument("--out", metavar="FOLDER", help=f"write {name}.md, {name}.json and {name}.png here")
+        return made
+
+    step = benchmark("step", "A training step: adapters, full fine-tuning, other libraries, and what bounds them.")
+    step.add_argument("--batch", type=int, default=4, help="sequences (default %(default)s)")
+    step.add_argument("--length", type=int, default=256, help="tokens of a sequence (default %(default)s)")
+    step.add_argument("--only", action="append", metavar="ROW", help="one of the rows; may be repeated")

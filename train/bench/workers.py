@@ -1,0 +1,137 @@
+"""Processes that each measure one thing, in turn: nothing is shared, and the peak memory is the thing's own."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.run import RunError
+
+READY = "\x1fworker "
+"""Begins the lines of a worker's output that are answers."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker was asked to prepare.
+
+    Attributes:
+      run: does the thing once and waits for its result, which it may return if JSON can hold it.
+      facts: what is known before, JSON-able.
+    """
+
+    run: Callable[[], Any]
+    facts: Mapping[str, Any]
+
+
+class Worker:
+    """A process that has prepared one thing and does it when asked.
+
+    Args:
+      name: for messages.
+      entry: ``module:function``, which takes `arguments` and returns `Work`.
+      arguments: JSON-able.
+      environment: variables on top of this process's own.
+
+    Raises:
+      RunError: it could not be prepared; with the last lines that the process wrote.
+    """
+
+    def __init__(self, name: str, entry: str, arguments: Mapping[str, Any], environment: Mapping[str, str] = {}):  # noqa: B006
+        self.name = name
+        root = str(Path(__file__).parents[2])
+        paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "train.bench.workers", entry, json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": paths, **environment},
+        )
+        self.facts: dict[str, Any] = self._answer()
+
+    def run(self) -> dict[str, Any]:
+        """Does the thing once: ``seconds``, ``peak_bytes`` (resident, while doing it) and ``result``."""
+        return self._ask("run")
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.kill()
+        self.process.communicate()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _ask(self, word: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        said: list[str] = []
+        for line in self.process.stdout:
+            if line.startswith(READY):
+                return json.loads(line.removeprefix(READY))
+            said.append(line)
+        raise RunError(f"{self.name}: the process ended with {self.process.wait()}:\n{''.join(said[-15:])}")
+
+
+def rounds(workers: Sequence[Worker], count: int) -> dict[str, list[dict[str, Any]]]:
+    """{name: answers}: every worker in turn, `count` times after once that is not kept."""
+    found: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
+    for number in range(count + 1):
+        for worker in workers:
+            answer = worker.run()
+            if number:
+                found[worker.name].append(answer)
+    return found
+
+
+def peak_bytes(of: Callable[[], Any]) -> tuple[Any, int | None]:
+    """What a function returns, and the most memory that was resident meanwhile; None where the system cannot tell."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Forgets the peak until now.
+    except OSError:
+        return of(), None
+    result = of()
+    status = Path("/proc/self/status").read_text()
+    return result, int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def resident_bytes() -> int | None:
+    """Memory that is resident now; None where the system cannot tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+
+def _serve(entry: str, arguments: str) -> None:
+    module, _, function = entry.partition(":")
+    work: Work = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+    _say(work.facts)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        result, peak = peak_bytes(work.run)
+        _say({"seconds": time.perf_counter() - start, "peak_bytes": peak, "result": result})
+
+
+def _say(answer: Any) -> None:
+    print(f"{READY}{json.dumps(answer)}", flush=True)
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])
