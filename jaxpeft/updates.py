@@ -15,7 +15,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
+
+from jaxpeft import thin
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class LowRank(Update):
     """
 
     axes: ClassVar[Mapping[str, str]] = {"a": "ri", "b": "ro"}
+    HIDDEN: ClassVar[str] = "jaxpeft.low_rank"
+    """The name of x aᵀ for policies of `jax.checkpoint`: it is small, and keeping it saves a pass over x."""
 
     a: Array
     b: Array
@@ -106,8 +111,8 @@ class LowRank(Update):
         return jnp.einsum("ri,ro->io", self.a * self.scale, self.b, precision="highest")
 
     def delta_matmul(self, x: Array) -> Array:  # noqa: D102
-        hidden = jnp.einsum("...i,ri->...r", x, self.a.astype(x.dtype))
-        return (hidden * self.scale.astype(x.dtype)) @ self.b.astype(x.dtype)
+        hidden = checkpoint_name(jnp.einsum("...i,ri->...r", x, self.a.astype(x.dtype)), self.HIDDEN)
+        return thin.times(hidden * self.scale.astype(x.dtype), self.b.astype(x.dtype))
 
     def delta_rows(self, take: Callable[[Array], Array]) -> Array:  # noqa: D102
         return (take(self.a.T) * self.scale) @ self.b

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxpeft import spec as base
+from jaxpeft import thin
 from jaxpeft.sites import Group, Sites
 from jaxpeft.updates import Base, LowRank, Update
 
@@ -101,7 +102,7 @@ class Repeated(Update):
         rank, size = self.d.shape
         padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -self.in_dim % rank)])
         hidden = padded.reshape(*x.shape[:-1], -1, rank).sum(axis=-2)
-        y = (hidden * self.scale.astype(x.dtype)) @ self.d.astype(x.dtype)
+        y = thin.times(hidden * self.scale.astype(x.dtype), self.d.astype(x.dtype))
         return jnp.tile(y, self.out_dim // size)
 
     def factors(self) -> LowRank:  # noqa: D102

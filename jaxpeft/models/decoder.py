@@ -13,9 +13,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
+from jaxpeft.models.attention import attention, blocks_of
 from jaxpeft.models.config import Config
 from jaxpeft.models.encoder_config import EncoderConfig
 from jaxpeft.sharding import BATCH
+from jaxpeft.updates import LowRank
 
 # What attends: (queries (B, S, N, H), keys (B, T, K, H), values (B, T, K, H)) -> (B, S, N, H).
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -111,13 +113,17 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
 recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-def attention(mask: jax.Array | None) -> Attend:
-    """Grouped-query attention under ``mask`` (1 or B, 1, S, T) bool; None means causal."""
+# The same for what a linear layer reads, when it is cheaper to make than to keep: the gradients of its adapter need it.
+# What low-rank updates hold between their factors is kept.
+inputs_recomputed = functools.partial(recomputed, policy=jax.checkpoint_policies.save_only_these_names(LowRank.HIDDEN))
 
-    def attend(query, key, value):
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=mask is None)
 
-    return recomputed(attend)
+def attend_before(mask: jax.Array | None, length: int) -> Attend:
+    """Causal attention within rows of `length` tokens, and within `mask` (1 or B, 1, S, S) bool if there is one."""
+    # A row that is split over devices has its queries side by side, not one run after the other.
+    split = math.prod(split_over("length", length).values()) > 1
+    blocks = 1 if split else blocks_of(length)
+    return recomputed(functools.partial(attention, mask=mask, causal=True, blocks=blocks))
 
 
 @recomputed
@@ -178,17 +184,23 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(config.head_dim, config)
             self.k_norm = RMSNorm(config.head_dim, config)
 
-    def __call__(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
-        """What `x` (B, S, hidden_size) takes from the tokens it sees."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        query, key, value = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values (B, S, heads, head_dim) of `x` (B, S, hidden_size)."""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        return self.q_proj(x).reshape(shape), self.k_proj(x).reshape(shape), self.v_proj(x).reshape(shape)
+
+    def __call__(
+        self, heads: tuple[jax.Array, jax.Array, jax.Array], rotary: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> jax.Array:
+        """What the queries of `heads` take from the tokens they see, (B, S, hidden_size)."""
+        query, key, value = heads
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query = laid_out(query, "batch", "length", "heads", None)
         # Every query sees the keys of the whole row, so they are gathered where rows are split.
         key, value = (laid_out(x, "batch", None, "heads", None) for x in (key, value))
         attended = attend(rotate(query, rotary), rotate(key, rotary), value)
-        return self.o_proj(attended.reshape(*x.shape[:2], -1))
+        return self.o_proj(attended.reshape(*attended.shape[:2], -1))
 
 
 class MLP(nnx.Module):
@@ -200,9 +212,13 @@ class MLP(nnx.Module):
         self.up_proj = linear(config, hidden, wide, bias=config.mlp_bias, rngs=rngs)
         self.down_proj = linear(config, wide, hidden, bias=config.mlp_bias, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Of `x` (B, S, hidden_size)."""
+    def widened(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Gate and up (B, S, intermediate_size) of `x` (B, S, hidden_size)."""
         gate, up = (laid_out(proj(x), "batch", "length", "features") for proj in (self.gate_proj, self.up_proj))
+        return gate, up
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """(B, S, hidden_size) of what `widened` gives."""
         return self.down_proj(swiglu(gate, up))
 
 
@@ -214,11 +230,14 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs)
         self.input_norm = RMSNorm(config.hidden_size, config)
         self.post_attention_norm = RMSNorm(config.hidden_size, config)
+        self.inputs = inputs_recomputed if config.remat == "none" else lambda function: function
 
     def __call__(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
         """The residual stream (B, S, hidden_size) after this layer."""
-        x = laid_out(x + self.self_attn(self.input_norm(x), rotary, attend), "batch", "length", None)
-        return laid_out(x + self.mlp(self.post_attention_norm(x)), "batch", "length", None)
+        heads = self.inputs(lambda x: self.self_attn.heads(self.input_norm(x)))(x)
+        x = laid_out(x + self.self_attn(heads, rotary, attend), "batch", "length", None)
+        wide = self.inputs(lambda x: self.mlp.widened(self.post_attention_norm(x)))(x)
+        return laid_out(x + self.inputs(self.mlp)(*wide), "batch", "length", None)
 
 
 class Decoder(nnx.Module):
@@ -272,7 +291,7 @@ class Decoder(nnx.Module):
             )
         # Made once, outside the scan over layers.
         rotary = rotary_table(self.config, positions)
-        attend = attention(attention_mask(self.config, tokens.shape[1], segment_ids))
+        attend = attend_before(attention_mask(self.config, tokens.shape[1], segment_ids), tokens.shape[1])
         x = self._scan_layers(lambda layer, index, x: layer(x, rotary, attend), self._embed(tokens))
         return self.norm(x)
 
@@ -292,7 +311,7 @@ class Decoder(nnx.Module):
           As `hidden`, and the cache with the tokens' keys and values written.
         """
         rotary = rotary_table(self.config, positions)
-        attend_cached = attention(mask)
+        attend_cached = recomputed(functools.partial(attention, mask=mask))
         seen = mask.shape[-1]
 
         def run(layer, index, carry):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxpeft.models.attention import attention
 from jaxpeft.models.decoder import POLICIES, laid_out, linear, recomputed
 from jaxpeft.models.encoder_config import EncoderConfig
 
@@ -33,7 +34,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float | jax
 @recomputed
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Attention of (B, S, N, H) each in both directions; `mask` (B, 1, 1, S) bool says which tokens are seen."""
-    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    return attention(query, key, value, mask=mask)
 
 
 class LayerNorm(nnx.Module):

@@ -12,7 +12,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     def benchmark(name: str, help: str) -> argparse.ArgumentParser:
         made = benchmarks.add_parser(name, help=help, description=help)
         made.add_argument("--model", default=MODEL, help="a model as in configurations (default %(default)s)")
-        made.add_argument("--rounds", type=int, default=7, help="of all that is compared, in turn (default %(default)s)")
+        made.add_argument(
+            "--rounds", type=int, default=7, help="of all that is compared, in turn (default %(default)s)"
+        )
         made.add_argument("--out", metavar="FOLDER", help=f"write {name}.md, {name}.json and {name}.png here")
         return made
 

@@ -43,7 +43,7 @@ class Worker:
       RunError: it could not be prepared; with the last lines that the process wrote.
     """
 
-    def __init__(self, name: str, entry: str, arguments: Mapping[str, Any], environment: Mapping[str, str] = {}):  # noqa: B006
+    def __init__(self, name: str, entry: str, arguments: Mapping[str, Any], environment: Mapping[str, str] = {}):
         self.name = name
         root = str(Path(__file__).parents[2])
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
