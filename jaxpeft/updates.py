@@ -15,7 +15,6 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxpeft import thin
@@ -100,8 +99,6 @@ class LowRank(Update):
     """
 
     axes: ClassVar[Mapping[str, str]] = {"a": "ri", "b": "ro"}
-    HIDDEN: ClassVar[str] = "jaxpeft.low_rank"
-    """The name of x aᵀ for policies of `jax.checkpoint`: it is small, and keeping it saves a pass over x."""
 
     a: Array
     b: Array
@@ -111,7 +108,7 @@ class LowRank(Update):
         return jnp.einsum("ri,ro->io", self.a * self.scale, self.b, precision="highest")
 
     def delta_matmul(self, x: Array) -> Array:  # noqa: D102
-        hidden = checkpoint_name(jnp.einsum("...i,ri->...r", x, self.a.astype(x.dtype)), self.HIDDEN)
+        hidden = jnp.einsum("...i,ri->...r", x, self.a.astype(x.dtype))
         return thin.times(hidden * self.scale.astype(x.dtype), self.b.astype(x.dtype))
 
     def delta_rows(self, take: Callable[[Array], Array]) -> Array:  # noqa: D102

@@ -299,7 +299,7 @@ def test_updates_that_multiply_the_weight(case) -> None:
 
 
 def test_fused_step_costs_what_hand_written_adapters_cost() -> None:
-    """XLA counts the same FLOPs for the training step as for a model whose layers hold their factors."""
+    """XLA counts no more FLOPs for the training step than for a model whose layers hold their factors."""
     model = zoo.MODELS["plain scanned"]()
     adapter = jaxpeft.init(jax.random.key(1), lora.Spec(rank=3), jaxpeft.find(model.params, model.pattern))
     ids = jnp.zeros((8, 5), jnp.int32)
@@ -338,5 +338,5 @@ def test_fused_step_costs_what_hand_written_adapters_cost() -> None:
     value = jax.jit(by_hand)(adapter.params, model.params, ids)
     np.testing.assert_allclose(jax.jit(fused)(adapter.params, model.params, ids), value, rtol=1e-5)
     (flops, memory), (flops_by_hand, memory_by_hand) = cost(fused), cost(by_hand)
-    assert flops == pytest.approx(flops_by_hand, rel=0.002)
+    assert 0.9 * flops_by_hand < flops <= 1.002 * flops_by_hand
     assert memory <= 1.02 * memory_by_hand

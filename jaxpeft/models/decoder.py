@@ -17,7 +17,6 @@ from jaxpeft.models.attention import attention, blocks_of
 from jaxpeft.models.config import Config
 from jaxpeft.models.encoder_config import EncoderConfig
 from jaxpeft.sharding import BATCH
-from jaxpeft.updates import LowRank
 
 # What attends: (queries (B, S, N, H), keys (B, T, K, H), values (B, T, K, H)) -> (B, S, N, H).
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -113,9 +112,9 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
 recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-# The same for what a linear layer reads, when it is cheaper to make than to keep: the gradients of its adapter need it.
-# What low-rank updates hold between their factors is kept.
-inputs_recomputed = functools.partial(recomputed, policy=jax.checkpoint_policies.save_only_these_names(LowRank.HIDDEN))
+# The same for what a linear layer reads, where it is cheaper to make than to keep: the gradients of an adapter's first
+# factor need it. What other products gave, such as x aᵀ between the factors, is kept if a gradient needs it.
+inputs_recomputed = functools.partial(recomputed, policy=jax.checkpoint_policies.dots_saveable)
 
 
 def attend_before(mask: jax.Array | None, length: int) -> Attend:
