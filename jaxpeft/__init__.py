@@ -1,6 +1,9 @@
 """Parameter-efficient fine-tuning for JAX and Flax by shared and structured updates."""
 
-from jaxpeft import allocate, batch, checkpoint, loko, methods, quantize, sharding
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxpeft import batch, checkpoint, loko, methods, quantize, sharding
 from jaxpeft.adapter import Adapter, count, delta, init
 from jaxpeft.apply import MaterializeWarning, adapt, explain
 from jaxpeft.budget import Budget, fit_budget
@@ -14,6 +17,9 @@ from jaxpeft.rates import labels, scale_rates
 from jaxpeft.rite import rite
 from jaxpeft.sites import Sites, find
 from jaxpeft.summary import summary
+
+if TYPE_CHECKING:
+    from jaxpeft import allocate
 
 __all__ = [
     "Adapter",
@@ -49,3 +55,10 @@ __all__ = [
     "to_lora",
     "to_peft",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `jaxpeft.allocate` where it is used, because optax takes long to import."""
+    if name == "allocate":
+        return importlib.import_module("jaxpeft.allocate")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,12 +1,16 @@
 """Learning rates by the role of an array: LoRA+ and its like, for every method."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import optax
 
 from jaxpeft.spec import nearest
+
+if TYPE_CHECKING:
+    import optax
 
 
 def labels(params: Any) -> Any:
@@ -43,6 +47,7 @@ def scale_rates(factors: Mapping[str, float]) -> optax.GradientTransformation:
         >>> {name: round(float(leaf[0]), 4) for name, leaf in updates["up/kernel"].items()}
         {'a': -0.1, 'b': -1.6}
     """
+    import optax  # Here, because it takes long to import.
 
     def init(params: Any) -> optax.EmptyState:
         known = sorted(set(jax.tree.leaves(labels(params))))

@@ -4,15 +4,19 @@ The same ΔW = aᵀ b has many factors, (Ra)ᵀ (R⁻ᵀ b) for any invertible R
 each factor is moved in an orthonormal basis of its partner, where its gradient does not depend on R.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from jaxpeft.sites import paths_and_leaves
+
+if TYPE_CHECKING:
+    import optax
 
 PARTNER = {"a": "b", "b": "a"}
 
@@ -87,6 +91,8 @@ def rite(
         >>> state[0].moments["up/kernel"]["a"].second.shape
         (1, 4, 4)
     """
+    import optax  # Here, because it takes long to import.
+
     return optax.chain(
         scale_by_rite(b1, b2, eps, escape, clip),
         optax.add_decayed_weights(weight_decay),
@@ -102,6 +108,7 @@ def scale_by_rite(
     clip: float = 1.0,
 ) -> optax.GradientTransformation:
     """The direction of LoRA-RITE; see `rite`."""
+    import optax
 
     def init(params: Any) -> RiteState:
         _check(params)

@@ -244,6 +244,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _keep_compiled() -> None:
+    """Has JAX keep what takes it a second or more to compile, for the same command again; its own variables win."""
+    folder = os.environ.get("JAXPEFT_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "jaxpeft"
+    )
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser(folder), "compiled"))
+
+
 def _unraisable(unraisable: Any) -> None:
     # TensorStore tells an event loop that is gone of writes that were given up.
     if "Event loop is closed" not in str(unraisable.exc_value):
@@ -253,6 +261,8 @@ def _unraisable(unraisable: Any) -> None:
 def _exit() -> None:
     """Runs the command, and leaves the other processes, if there are any, as `processes.leave` says."""
     sys.unraisablehook = _unraisable
+    if sys.argv[1:2] not in (["bench"], ["plan"]):  # These measure compilation.
+        _keep_compiled()
     try:
         code = main()
     except (KeyboardInterrupt, Exception):
