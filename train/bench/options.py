@@ -22,3 +22,4 @@ def add(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--batch", type=int, default=4, help="sequences (default %(default)s)")
     step.add_argument("--length", type=int, default=256, help="tokens of a sequence (default %(default)s)")
     step.add_argument("--only", action="append", metavar="ROW", help="one of the rows; may be repeated")
+    benchmark("pools", "Ways to expand the pools of MoS into factors, and their backward.")
