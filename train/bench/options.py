@@ -23,3 +23,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--length", type=int, default=256, help="tokens of a sequence (default %(default)s)")
     step.add_argument("--only", action="append", metavar="ROW", help="one of the rows; may be repeated")
     benchmark("pools", "Ways to expand the pools of MoS into factors, and their backward.")
+    benchmark("merge", "Merging adapters into the base, beside a copy of the weights.")
+    benchmark("load", "Loading models and an adapter, beside reading their bytes.")
+    benchmark("checkpoint", "Saving and restoring adapters with their optimizer's state, beside writing their bytes.")

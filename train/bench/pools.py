@@ -17,9 +17,9 @@ from jaxpeft.methods import mos
 from jaxpeft.updates import LowRank
 from train import costs, topology
 from train.bench.figures import Column, Figures, ratio, spread
-from train.config import ConfigError
+from train.bench.specs import SPECS, check
 
-SPEC = mos.Spec(rank=16, equivalent_rank=2, private_rank=1, shards_per_vector=4)
+ROW = "mos r=16 e=2"
 TOKENS = 1024
 CHIP = "v5e:1x1"
 
@@ -132,12 +132,9 @@ def application(once: bool, index: Mapping[str, np.ndarray]) -> Callable[[Any, A
 
 def measure(options: argparse.Namespace, console: Console) -> Figures:
     """Times every way on the CPU, in turn, and compiles each for a TPU if its compiler is there."""
-    try:
-        shapes = models.pretrained(options.model, weights=False).params
-        sites = jaxpeft.find(shapes)
-        adapter = jaxpeft.init(jax.random.key(0), SPEC, sites)
-    except ValueError as error:
-        raise ConfigError([f"--model: {error}"], "bench pools") from None
+    check(options.model, "bench pools", [ROW])
+    sites = jaxpeft.find(models.pretrained(options.model, weights=False).params)
+    adapter = jaxpeft.init(jax.random.key(0), SPECS[ROW], sites)
     names = {group.name: group for group in sites}
     tables = {
         name: {key: np.asarray(found[key]).reshape(len(found[key]), -1) for key in ("a_index", "b_index")}

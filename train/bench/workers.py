@@ -58,7 +58,7 @@ class Worker:
         self.facts: dict[str, Any] = self._answer()
 
     def run(self) -> dict[str, Any]:
-        """Does the thing once: ``seconds``, ``peak_bytes`` (resident, while doing it) and ``result``."""
+        """Does the thing once: ``seconds``, ``resident_bytes`` before, ``peak_bytes`` while doing it, ``result``."""
         return self._ask("run")
 
     def close(self) -> None:
@@ -124,9 +124,10 @@ def _serve(entry: str, arguments: str) -> None:
     work: Work = getattr(importlib.import_module(module), function)(**json.loads(arguments))
     _say(work.facts)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        resident, start = resident_bytes(), time.perf_counter()
         result, peak = peak_bytes(work.run)
-        _say({"seconds": time.perf_counter() - start, "peak_bytes": peak, "result": result})
+        seconds = time.perf_counter() - start
+        _say({"seconds": seconds, "resident_bytes": resident, "peak_bytes": peak, "result": result})
 
 
 def _say(answer: Any) -> None:
