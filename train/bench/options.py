@@ -26,3 +26,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     benchmark("merge", "Merging adapters into the base, beside a copy of the weights.")
     benchmark("load", "Loading models and an adapter, beside reading their bytes.")
     benchmark("checkpoint", "Saving and restoring adapters with their optimizer's state, beside writing their bytes.")
+    adapters = benchmark("adapters", "Many adapters in one batch: prompts read, tokens written, adapters trained.")
+    adapters.add_argument("--adapters", type=int, default=32, metavar="N", help="and rows (default %(default)s)")
+    adapters.add_argument(
+        "--prompt", type=int, default=64, metavar="N", help="tokens of a prompt (default %(default)s)"
+    )
+    adapters.add_argument("--new", type=int, default=16, metavar="N", help="tokens written (default %(default)s)")
