@@ -193,7 +193,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace a model that the folder holds")
     export.add_argument("--dequantize", action="store_true", help="write a base in few bits as floats")
     bench = command(
-        "bench", commands.bench, "Measure what costs how much, side by side in one run.", "step --rounds 7 --out figures"
+        "bench",
+        commands.bench,
+        "Measure what costs how much, side by side in one run.",
+        "step --rounds 7 --out figures",
     )
     bench_options.add(bench)
     methods = command(

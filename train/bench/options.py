@@ -12,7 +12,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     def benchmark(name: str, help: str) -> argparse.ArgumentParser:
         made = benchmarks.add_parser(name, help=help, description=help)
         made.add_argument("--model", default=MODEL, help="a model as in configurations (default %(default)s)")
-        made.add_argument("--rounds", type=int, default=7, help="of all that is compared, in turn (default %(default)s)")
+        made.add_argument(
+            "--rounds", type=int, default=7, help="of all that is compared, in turn (default %(default)s)"
+        )
         made.add_argument("--out", metavar="FOLDER", help=f"write {name}.md, {name}.json and {name}.png here")
         return made
 
@@ -20,3 +22,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--batch", type=int, default=4, help="sequences (default %(default)s)")
     step.add_argument("--length", type=int, default=256, help="tokens of a sequence (default %(default)s)")
     step.add_argument("--only", action="append", metavar="ROW", help="one of the rows; may be repeated")
+    step.add_argument("--eager", action="store_true", help="torch without torch.compile, which takes minutes")
+
+    compiling = benchmark("compile", "Compilation of a training step by the number of layers.")
+    compiling.add_argument("--batch", type=int, default=4, help="sequences (default %(default)s)")
+    compiling.add_argument("--length", type=int, default=256, help="tokens of a sequence (default %(default)s)")
+    compiling.add_argument(
+        "--depths", default="15,30,60", metavar="N,N", help="numbers of layers (default %(default)s)"
+    )

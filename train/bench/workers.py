@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.run import RunError
-
 READY = "\x1fworker "
 """Begins the lines of a worker's output that are answers."""
 
@@ -43,7 +41,7 @@ class Worker:
       RunError: it could not be prepared; with the last lines that the process wrote.
     """
 
-    def __init__(self, name: str, entry: str, arguments: Mapping[str, Any], environment: Mapping[str, str] = {}):  # noqa: B006
+    def __init__(self, name: str, entry: str, arguments: Mapping[str, Any], environment: Mapping[str, str] = {}):
         self.name = name
         root = str(Path(__file__).parents[2])
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -79,6 +77,8 @@ class Worker:
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
+        from train.run import RunError  # Below, because it needs JAX, which a worker may do without.
+
         assert self.process.stdout is not None
         said: list[str] = []
         for line in self.process.stdout:
