@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
       RunError: a worker failed, or the rows do not compute the same loss.
     """
     asked, left_out = _checked(options)
-    remarks = [*left_out, *_busy()]
+    remarks = [*left_out, *busy()]
     for line in remarks:
         console.print(line, highlight=False, markup=False)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
@@ -112,16 +112,16 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
             console.print(f"preparing {name} …", highlight=False, markup=False)
             entry = f"train.bench.{row.entry}"
             workers.append(stack.enter_context(Worker(name, entry, {**arguments, **row.arguments}, environment)))
-        _check_losses({worker.name: worker.facts["first_loss"] for worker in workers})
+        check_losses({worker.name: worker.facts["first_loss"] for worker in workers})
         found = rounds(workers, options.rounds)
     tokens = options.batch * options.length
-    made = [_figures(worker.name, worker.facts, found[worker.name], tokens) for worker in workers]
+    made = compared([_figures(worker.name, worker.facts, found[worker.name], tokens) for worker in workers])
     return Figures(
         "step",
         f"A training step of {options.model}: {options.batch} x {options.length} tokens, float32, AdamW; median of "
         f"{options.rounds} rounds, each row in a process of its own, in turn",
         COLUMNS,
-        compared(made),
+        made,
         "median_seconds",
         [*notes(made), *remarks],
     )
@@ -140,8 +140,8 @@ def compared(made: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def notes(made: Sequence[dict[str, Any]]) -> list[str]:
-    """The aims as ratios of this run, and what the other libraries were set to."""
-    named = {row["row"]: row for row in compared(made)}
+    """The aims as ratios of this run, and what the other libraries were set to; of what `compared` returns."""
+    named = {row["row"]: row for row in made}
     found = []
     for name in SPECS:
         if name in named and named[name]["flop_share"] is not None:
@@ -178,26 +178,18 @@ def _checked(options: argparse.Namespace) -> tuple[dict[str, Row], list[str]]:
     """The rows to measure, and a line for each that is left out; nothing long has begun."""
     known = rows(options.eager)
     only = options.only or list(known)
-    problems = [
-        f"--{name}: at least 1, found {getattr(options, name)}"
-        for name in ("batch", "length")
-        if getattr(options, name) < 1
-    ]
+    problems = too_small(options)
     problems += [f"--only: unknown row {name!r}; {nearest(name, known)}" for name in only if name not in known]
     if problems:
         raise ConfigError(problems, "bench step")
-    try:
-        model = models.pretrained(options.model, weights=False)
-    except ValueError as error:
-        raise ConfigError([f"--model: {error}"], "bench step") from None
-    if not isinstance(model, models.LanguageModel):
-        raise ConfigError([f"--model: {options.model} is an encoder; the rows are steps of decoders"], "bench step")
+    model = decoder(options.model, "bench step")
     asked = {name: row for name, row in known.items() if name == FROZEN or name in only}
     missing = {name: reason for name, row in asked.items() if (reason := _missing(row, model.config, options.length))}
     if options.only and missing:
         raise ConfigError([f"--only {name!r}: {reason}" for name, reason in missing.items()], "bench step")
     asked = {name: row for name, row in asked.items() if name not in missing}
-    if problems := [problem for name in asked if name in SPECS and (problem := _misfit(name, model))]:
+    if problems := [problem for name in asked if name in SPECS and (problem := misfit(name, model))]:
+        problems.append(f"--only: names the rows to measure, of {', '.join(known)}")
         raise ConfigError(problems, "bench step")
     return asked, [f"left out: {name}: {reason}" for name, reason in missing.items()]
 
@@ -214,18 +206,41 @@ def _missing(row: Row, config: models.Config, length: int) -> str:
     return ""
 
 
-def _misfit(name: str, model: models.LanguageModel) -> str:
+def too_small(options: argparse.Namespace) -> list[str]:
+    """What is wrong with the size of the batch."""
+    sizes = {name: getattr(options, name) for name in ("batch", "length")}
+    return [f"--{name}: at least 1, found {size}" for name, size in sizes.items() if size < 1]
+
+
+def decoder(name: str, origin: str) -> models.LanguageModel:
+    """A model's shapes.
+
+    Raises:
+      ConfigError: there is none of this name, or it is an encoder.
+    """
+    try:
+        model = models.pretrained(name, weights=False)
+    except ValueError as error:
+        raise ConfigError([f"--model: {error}"], origin) from None
+    if not isinstance(model, models.LanguageModel):
+        raise ConfigError([f"--model: {name} is an encoder; the steps are those of decoders"], origin)
+    return model
+
+
+def misfit(name: str, model: models.LanguageModel) -> str:
+    """Why an adapter of `SPECS` cannot be had on a model; empty if it can."""
+
     def make(key: jax.Array, params: Any) -> jaxpeft.Adapter:
         return jaxpeft.init(key, SPECS[name], jaxpeft.find(params), weights=params)
 
     try:
         jax.eval_shape(make, jax.random.key(0), model.params)
     except ValueError as error:
-        return f"{name}: {error}; name the rows to measure with --only"
+        return f"{name}: {error}"
     return ""
 
 
-def _busy() -> list[str]:
+def busy() -> list[str]:
     """A line if other processes have work, which the figures would show."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load < 0.5 * cores:
@@ -233,10 +248,12 @@ def _busy() -> list[str]:
     return [f"the machine was busy before: load {load:.1f} on {cores} cores; these figures are not to be relied on"]
 
 
-def _check_losses(first: Mapping[str, float]) -> None:
-    least, greatest = min(first, key=first.__getitem__), max(first, key=first.__getitem__)
-    if not first[greatest] - first[least] <= 1e-3 * first[least]:  # also where one of them is no number
-        raise RunError(
-            f"the rows compute different things: the first loss of {least} is {first[least]}, of {greatest} "
-            f"{first[greatest]}; all start from the same weights and read the same tokens"
-        )
+def check_losses(first: Mapping[str, float]) -> None:
+    """Raises RunError if a row's first loss is not that of the first row."""
+    (name, expected), *others = first.items()
+    for other, found in others:
+        if not abs(found - expected) <= 1e-3 * abs(expected):  # Nor is it where one of them is no number.
+            raise RunError(
+                f"the rows compute different things: the first loss of {name} is {expected}, of {other} {found}; all "
+                "start from the same weights and read the same tokens"
+            )

@@ -21,6 +21,11 @@ def updated(gradients: Any, params: Any, moments: Any) -> tuple[Any, Any]:
     return optax.apply_updates(params, updates), moments
 
 
+def compiled(step: Step, state: Any, inputs: Sequence[Any]) -> jax.stages.Compiled:
+    """A step (state, *inputs) -> (state, loss) of arrays or shapes, which donates its state."""
+    return jax.jit(step, donate_argnums=0).lower(state, *inputs).compile()
+
+
 def work(step: Step, state: Any, inputs: Sequence[Any], trained: int) -> Work:
     """A step that is compiled, and was taken once.
 
@@ -31,15 +36,15 @@ def work(step: Step, state: Any, inputs: Sequence[Any], trained: int) -> Work:
       trained: parameters.
     """
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, *inputs).compile()
+    program = compiled(step, state, inputs)
     seconds = time.perf_counter() - start
     held = [state]
 
     def run() -> float:
-        held[0], loss = jax.block_until_ready(compiled(held[0], *inputs))
+        held[0], loss = jax.block_until_ready(program(held[0], *inputs))
         return float(loss)
 
-    counted = costs.analyse(compiled.as_text())
+    counted = costs.analyse(program.as_text())
     facts = {
         "trained": trained,
         "compile_seconds": seconds,

@@ -52,6 +52,12 @@ def adapter(folder: str, batch: int, length: int, spec: Mapping[str, Any]) -> Wo
     """`jaxpeft.adapt` with an adapter of every linear weight of the layers."""
     lm, inputs = _read(folder, batch, length)
     made = jaxpeft.init(jax.random.key(0), methods.spec_from_dict(spec), jaxpeft.find(lm.params), weights=lm.params)
+    state = (made, step_jax.OPTIMIZER.init(made.params))
+    return step_jax.work(adapter_step(lm), state, (lm.params, *inputs), jaxpeft.count(made))
+
+
+def adapter_step(lm: models.LanguageModel) -> step_jax.Step:
+    """The step of an adapter: ((adapter, optimizer's state), base, tokens, targets) -> (state, loss)."""
     forward = jaxpeft.adapt(lm.token_losses)
 
     def step(state: tuple[Any, Any], base: Any, read: jax.Array, targets: jax.Array) -> tuple[Any, jax.Array]:
@@ -64,8 +70,7 @@ def adapter(folder: str, batch: int, length: int, spec: Mapping[str, Any]) -> Wo
         params, moments = step_jax.updated(gradients, adapter.params, moments)
         return (adapter.replace(params=params), moments), found
 
-    state = (made, step_jax.OPTIMIZER.init(made.params))
-    return step_jax.work(step, state, (lm.params, *inputs), jaxpeft.count(made))
+    return step
 
 
 def _read(folder: str, batch: int, length: int) -> tuple[models.LanguageModel, tuple[np.ndarray, np.ndarray]]:
