@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import jaxpeft
 from jaxpeft import models
@@ -36,3 +38,14 @@ def check(model: str, command: str, rows: Sequence[str] = tuple(SPECS)) -> None:
             problems.append(f"--model: {model} has no room for {row}: {error}")
     if problems:
         raise ConfigError(problems, command)
+
+
+def random_values(tree: Any) -> Any:
+    """The tree with normal values for its floats: zeros, as many are at the start, would vanish in compressed files."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    values = [
+        jax.random.normal(key, leaf.shape, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, values)
