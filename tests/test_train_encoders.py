@@ -140,14 +140,6 @@ class TestRuns:
         assert plan["fits"]
         assert plan["batch"] == ([16, 24] if model == "text_model" else [16, 17])
 
-    def test_bench(self, text_model, tmp_path, capsys):
-        path = written(TEXT, text_model, tmp_path / "run")
-        assert main(["bench", "step", path, "--rounds", "1", "--only", "lora r=2"]) == 0
-        printed = capsys.readouterr().out
-        trained = 3 * 2 * 2 * (32 + 32) + 66  # layers, query and value, rank; the head
-        assert f"| lora r=2 | {trained} |" in printed
-        assert "| frozen bound | 0 |" in printed
-
 
 class TestSteps:
     @pytest.mark.parametrize(("text", "model"), [(TEXT, "text_model"), (IMAGES, "image_model")])

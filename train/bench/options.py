@@ -22,6 +22,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--batch", type=int, default=4, help="sequences (default %(default)s)")
     step.add_argument("--length", type=int, default=256, help="tokens of a sequence (default %(default)s)")
     step.add_argument("--only", action="append", metavar="ROW", help="one of the rows; may be repeated")
+    step.add_argument("--eager", action="store_true", help="torch without torch.compile, which takes minutes")
+
+    compiling = benchmark("compile", "Compilation of a training step by the number of layers.")
+    compiling.add_argument("--batch", type=int, default=4, help="sequences (default %(default)s)")
+    compiling.add_argument("--length", type=int, default=256, help="tokens of a sequence (default %(default)s)")
+    compiling.add_argument(
+        "--depths", default="15,30,60", metavar="N,N", help="numbers of layers (default %(default)s)"
+    )
     benchmark("pools", "Ways to expand the pools of MoS into factors, and their backward.")
     benchmark("merge", "Merging adapters into the base, beside a copy of the weights.")
     benchmark("load", "Loading models and an adapter, beside reading their bytes.")

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.run import RunError
-
 READY = "\x1fworker "
 """Begins the lines of a worker's output that are answers."""
 
@@ -83,6 +81,8 @@ class Worker:
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
+        from train.run import RunError  # Below, because it needs JAX, which a worker may do without.
+
         assert self.process.stdout is not None
         said: list[str] = []
         for line in self.process.stdout:
