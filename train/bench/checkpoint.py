@@ -4,70 +4,87 @@ import argparse
 import os
 import shutil
 import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from train.bench import movement
-from train.bench.figures import Figures
-from train.bench.specs import SPECS, check
+from train.bench.figures import Column, Figures
+from train.bench.specs import SPECS, check, random_values
 from train.bench.workers import Work
 
-PLAIN = "plain write and fsync of as many bytes as lora's state"
 ROWS = ("lora r=16", "mos r=16 e=2", "full fine-tuning")
+COLUMNS = (Column("blocking_seconds", "blocking s", ".3f"), Column("disk_megabytes", "MB on disk", ",.1f"))
 
 
 def measure(options: argparse.Namespace, console: Console) -> Figures:
     """Times `jaxpeft.checkpoint.Checkpoints` with an adapter and its AdamW state."""
-    check(options.model, "bench checkpoint", ["lora r=16", "mos r=16 e=2"])
+    check(options.model, "bench checkpoint", [row for row in ROWS if row in SPECS])
     with tempfile.TemporaryDirectory() as kept:
-        here = "train.bench.checkpoint"
-        entries: dict[str, tuple[str, dict[str, str]]] = {
-            PLAIN: (f"{here}:plain", {"model": options.model, "folder": f"{kept}/plain"})
-        }
+        entries: dict[str, tuple[str, dict[str, str]]] = {}
+        plain = {}
         for number, row in enumerate(ROWS):
-            for what in ("saved", "restored"):
+            for what, name in (
+                ("plain", f"{row}, its bytes"),
+                ("saved", f"{row}, saved"),
+                ("restored", f"{row}, read"),
+            ):
                 arguments = {"model": options.model, "row": row, "folder": f"{kept}/{what}{number}"}
-                entries[f"{row}, {what}"] = (f"{here}:{what}", arguments)
+                entries[name] = (f"train.bench.checkpoint:{what}", arguments)
+                if what != "plain":
+                    plain[name] = f"{row}, its bytes"
         title = f"Checkpoints of adapters of {options.model} with their AdamW state, float32"
         notes = (
-            "moved: the arrays of the adapter and of the optimizer; files also hold checksums and metadata",
-            "saved: until the files are complete on disk; the JSON has the part that training waits for (blocking)",
+            "moved: the arrays of the adapter and of the optimizer, of random values, as those of a trained one hardly "
+            "compress; files also hold checksums and metadata",
+            "its bytes: as many random bytes written to one file, until they are on the disk (fsync)",
+            "saved: until the step is complete, its files on the disk (fsync); blocking: of it, until `save` returns, "
+            "which is what training waits for",
+            "read: restored and compared with the checksums; its files were just written: the page cache, not a disk",
         )
-        return movement.measure("checkpoint", title, entries, PLAIN, options.rounds, console, notes)
+        return movement.measure("checkpoint", title, entries, plain, options.rounds, console, notes, COLUMNS)
 
 
-def plain(model: str, folder: str) -> Work:
-    """One file."""
-    data = os.urandom(_size(_state(model, "lora r=16")))
+def plain(model: str, row: str, folder: str) -> Work:
+    """One new file of as many bytes."""
+    data = os.urandom(_size(state(model, row)))
+    path = Path(folder)
 
     def run() -> None:
-        with open(folder, "wb") as file:
+        with path.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
 
-    return Work(run, {"bytes": len(data)})
+    return Work(run, {"bytes": len(data)}, before=lambda: path.unlink(missing_ok=True))
 
 
 def saved(model: str, row: str, folder: str) -> Work:
     """Saves one step into an empty folder."""
-    import time
-
     from jaxpeft.checkpoint import Checkpoints
 
-    adapter, optimizer = _state(model, row)
+    adapter, optimizer = state(model, row)
+    made: list[Checkpoints] = []
+
+    def before() -> None:
+        while made:
+            made.pop().__exit__(None)
+        shutil.rmtree(folder, ignore_errors=True)
+        made.append(Checkpoints(folder))
 
     def run() -> dict[str, float]:
-        shutil.rmtree(folder, ignore_errors=True)
-        with Checkpoints(folder) as checkpoints:
-            start = time.perf_counter()
-            checkpoints.save(1, adapter, state=optimizer)
-            blocking = time.perf_counter() - start
-            checkpoints.wait()
+        start = time.perf_counter()
+        made[0].save(1, adapter, state=optimizer)
+        blocking = time.perf_counter() - start
+        made[0].wait()
         return {"blocking_seconds": blocking}
 
-    return Work(run, {"bytes": _size((adapter, optimizer))})
+    before()
+    run()
+    written = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    return Work(run, {"bytes": _size((adapter, optimizer)), "disk_megabytes": written / 1e6}, before)
 
 
 def restored(model: str, row: str, folder: str) -> Work:
@@ -76,18 +93,21 @@ def restored(model: str, row: str, folder: str) -> Work:
 
     from jaxpeft.checkpoint import Checkpoints
 
-    adapter, optimizer = _state(model, row)
+    adapter, optimizer = state(model, row)
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(1, adapter, state=optimizer)
+    size = _size((adapter, optimizer))
+    adapter, optimizer = jax.tree.map(_shape, (adapter, optimizer))
 
     def run() -> None:
         with Checkpoints(folder, read_only=True) as checkpoints:
             jax.block_until_ready(checkpoints.restore(1, adapter, optimizer)[:2])
 
-    return Work(run, {"bytes": _size((adapter, optimizer))})
+    return Work(run, {"bytes": size})
 
 
-def _state(model: str, row: str) -> tuple[Any, Any]:
+def state(model: str, row: str) -> tuple[Any, Any]:
+    """The adapter of a row and its AdamW state, of random values."""
     import jax
     import optax
 
@@ -98,7 +118,14 @@ def _state(model: str, row: str) -> tuple[Any, Any]:
     base = models.pretrained(model, dtype="float32").params
     spec = SPECS.get(row) or full.Spec()
     adapter = jaxpeft.init(jax.random.key(0), spec, jaxpeft.find(base), weights=base)
-    return adapter, optax.adamw(1e-3).init(adapter.params)
+    params, optimizer = random_values((adapter.params, optax.adamw(1e-3).init(adapter.params)))
+    return adapter.replace(params=params), optimizer
+
+
+def _shape(leaf: Any) -> Any:
+    import jax
+
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _size(tree: Any) -> int:

@@ -22,9 +22,9 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
     title = f"Merging an adapter of all linear layers into {options.model}, float32"
     notes = (
         "moved: every adapted weight read and written, and the trained and constant arrays of the adapter read",
-        "on top: the merged weights themselves, and what forming them takes; the base stays",
+        "on top: the merged weights themselves, and what forming them takes; the base stays, none is changed in place",
     )
-    return movement.measure("merge", title, entries, PLAIN, options.rounds, console, notes)
+    return movement.measure("merge", title, entries, dict.fromkeys(ROWS, PLAIN), options.rounds, console, notes)
 
 
 def work(model: str, row: str) -> Work:
@@ -38,10 +38,11 @@ def work(model: str, row: str) -> Work:
 
     base = models.pretrained(model, dtype="float32").params
     sites = jaxpeft.find(base)
-    adapted = {path: leaf for path, leaf in flatten(base).items() if path in {p for g in sites for p in g.paths}}
-    moved = 2 * sum(leaf.nbytes for leaf in adapted.values())
+    leaves = flatten(base)
+    adapted = [leaves[path] for group in sites for path in group.paths]
+    moved = 2 * sum(leaf.nbytes for leaf in adapted)
     if row == PLAIN:
-        return Work(lambda: _done([jnp.copy(leaf) for leaf in adapted.values()]), {"bytes": moved})
+        return Work(lambda: _done([jnp.copy(leaf) for leaf in adapted]), {"bytes": moved})
     adapter = jaxpeft.init(jax.random.key(0), SPECS[row], sites, weights=base)
     read = sum(leaf.nbytes for leaf in jax.tree.leaves((adapter.params, adapter.constants)))
     return Work(lambda: _done(jaxpeft.merge(base, adapter)), {"bytes": moved + read})

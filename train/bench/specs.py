@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import jaxpeft
 from jaxpeft import models
@@ -56,3 +57,14 @@ def misfit(name: str, model: models.LanguageModel) -> str:
     except ValueError as error:
         return f"{name}: {error}"
     return ""
+
+
+def random_values(tree: Any) -> Any:
+    """The tree with normal values for its floats: zeros, as many are at the start, would vanish in compressed files."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    values = [
+        jax.random.normal(key, leaf.shape, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, values)

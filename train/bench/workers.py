@@ -1,5 +1,7 @@
 """Processes that each measure one thing, in turn: nothing is shared, and the peak memory is the thing's own."""
 
+import ctypes
+import gc
 import importlib
 import json
 import os
@@ -22,10 +24,12 @@ class Work:
     Attributes:
       run: does the thing once and waits for its result, which it may return if JSON can hold it.
       facts: what is known before, JSON-able.
+      before: what each `run` needs done first; it is not measured.
     """
 
     run: Callable[[], Any]
     facts: Mapping[str, Any]
+    before: Callable[[], Any] = lambda: None
 
 
 class Worker:
@@ -119,11 +123,21 @@ def resident_bytes() -> int | None:
     return int(status.split("VmRSS:")[1].split()[0]) * 1024
 
 
+def release() -> None:
+    """Gives memory that was freed back to the system: what stays resident would hide as much of the next peak."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
 def _serve(entry: str, arguments: str) -> None:
     module, _, function = entry.partition(":")
     work: Work = getattr(importlib.import_module(module), function)(**json.loads(arguments))
     _say(work.facts)
     for _ in sys.stdin:
+        work.before()
+        release()
         resident, start = resident_bytes(), time.perf_counter()
         result, peak = peak_bytes(work.run)
         seconds = time.perf_counter() - start
