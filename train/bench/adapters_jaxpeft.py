@@ -55,7 +55,7 @@ def work(folder: str, rows: int, prompt: int, new: int, methods: Sequence[str], 
         facts["adapter_bytes"] = adapter_bytes(batch.member(stacks[0], 0))
     if adapters:
         facts["difference"] = difference(lm, stacks, ids, tokens)
-    return Work(run, facts)
+    return Work(run, facts, steady=True)
 
 
 def adapter_bytes(adapter: Adapter) -> int:

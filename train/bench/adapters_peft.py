@@ -39,4 +39,4 @@ def work(folder: str, rows: int, prompt: int, new: int, adapters: int) -> Work:
         return {"prefill": middle - start, "decode": time.perf_counter() - middle}
 
     size = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if f".{names[0]}." in name)
-    return Work(run, {"adapter_bytes": size})
+    return Work(run, {"adapter_bytes": size}, steady=True)

@@ -51,4 +51,4 @@ def work(step: Step, state: Any, inputs: Sequence[Any], trained: int) -> Work:
         "gflop": None if counted.unknown_loops else counted.flops / 1e9,
         "first_loss": run(),
     }
-    return Work(run, facts)
+    return Work(run, facts, steady=True)

@@ -32,7 +32,7 @@ def lora(folder: str, batch: int, length: int, rank: int, compile: bool) -> Work
         optimizer, kind = torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, foreach=True), "foreach"
     trained = sum(param.numel() for param in params)
     made = _work(model, params, optimizer, (batch, length), trained=trained, compile=compile)
-    return Work(made.run, {**made.facts, "settings": f"{made.facts['settings']}, {kind} AdamW"})
+    return Work(made.run, {**made.facts, "settings": f"{made.facts['settings']}, {kind} AdamW"}, steady=True)
 
 
 def _read(folder: str) -> Any:
@@ -81,7 +81,7 @@ def _work(
     settings = f"{mode}; {torch.get_num_threads()} threads, sdpa attention"
     if policy := os.environ.get("OMP_WAIT_POLICY"):
         settings += f", OMP_WAIT_POLICY={policy}"
-    return Work(lambda: step(chosen), {**facts, "compile_seconds": compile_seconds, "settings": settings})
+    return Work(lambda: step(chosen), {**facts, "compile_seconds": compile_seconds, "settings": settings}, steady=True)
 
 
 def _tried(step: Callable[[], float]) -> tuple[float, float, float]:

@@ -25,11 +25,13 @@ class Work:
       run: does the thing once and waits for its result, which it may return if JSON can hold it.
       facts: what is known before, JSON-able.
       before: what each `run` needs done first; it is not measured.
+      steady: it is the body of a long loop, which finds the memory that the last turn freed.
     """
 
     run: Callable[[], Any]
     facts: Mapping[str, Any]
     before: Callable[[], Any] = lambda: None
+    steady: bool = False
 
 
 class Worker:
@@ -137,7 +139,8 @@ def _serve(entry: str, arguments: str) -> None:
     _say(work.facts)
     for _ in sys.stdin:
         work.before()
-        release()
+        if not work.steady:
+            release()
         resident, start = resident_bytes(), time.perf_counter()
         result, peak = peak_bytes(work.run)
         seconds = time.perf_counter() - start
