@@ -1,7 +1,9 @@
 """Which adapter answers which row? Many adapters over one base in one batch, each row's chosen by a number in an array.
 
 The adapted function is mapped over the rows (`jax.vmap`) with each row's own updates; products with the base stay one
-product for the whole batch, and only the thin ones of the updates are done row by row.
+product for the whole batch, and only the thin ones of the updates are done row by row. The rows' updates are laid out
+for the loop over layers, layer by layer and then row by row: another order would be copied into this one by every call
+of the model. `rows` lays them out once for many calls.
 """
 
 import dataclasses
@@ -42,6 +44,22 @@ class Expanded:
     def updates(self) -> dict[str, Update]:
         """As `Adapter.updates`."""
         return self.made
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """The updates of every row of a batch, where a loop over the layers wants them; `rows` makes it.
+
+    Attributes:
+        made: as in `Expanded`, but every array leads with the group's layers, then with the rows B.
+        spec: as in `Expanded`.
+        sites: as in `Expanded`.
+    """
+
+    made: dict[str, Update]
+    spec: Spec = dataclasses.field(metadata={"static": True})
+    sites: Sites = dataclasses.field(metadata={"static": True})
 
 
 Adapters = Adapter | Expanded
@@ -98,6 +116,53 @@ def expand(adapter: Adapter) -> Expanded:
     return Expanded(adapter.updates(), adapter.spec, adapter.sites)
 
 
+def rows(stacks: Adapters | Sequence[Adapters], ids: Array) -> list[Rows]:
+    """Each row's updates, for when the same adapters answer many calls of a `batched` function, as in decoding.
+
+    Args:
+        stacks: as in `batched`.
+        ids: as in `batched`.
+
+    Returns:
+        One for each stack, to be passed in place of the stacks, with None for `ids`. Where a row's id is of no adapter
+        of a stack, its arrays there are zero.
+
+    Raises:
+        ValueError: ids are not one integer a row.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxpeft
+        >>> from jaxpeft import batch
+        >>> from jaxpeft.methods import lora
+        >>> base = {"up": {"kernel": jnp.ones((3, 4))}}
+        >>> adapters = [jaxpeft.init(jax.random.key(i), lora.Spec(rank=2), jaxpeft.find(base)) for i in range(5)]
+        >>> own = batch.rows(batch.stack(adapters), jnp.array([4, 0, batch.BASE]))
+        >>> own[0].made["up/kernel"].a.shape
+        (1, 3, 2, 3)
+        >>> batch.batched(lambda base, x: x @ base["up"]["kernel"])(base, own, None, jnp.ones((3, 3))).shape
+        (3, 4)
+    """
+    stacks = [stacks] if isinstance(stacks, Adapter | Expanded) else list(stacks)
+    ids = jnp.asarray(ids)
+    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"ids has shape {ids.shape} and type {ids.dtype}; expected one integer a row, (B,)")
+    first, found = 0, []
+    for one in stacks:
+        found.append(_rows(one, ids - first))
+        first += size(one)
+    return found
+
+
+def place(own: Rows, row: Array | int, updates: Expanded | None) -> Rows:
+    """The same with another adapter's updates, of the same types and shapes, in one row; with zeros for None."""
+
+    def placed(leaf: Array, one: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(leaf, one, row, 1)
+
+    made = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:, 0]), own.made) if updates is None else updates.made
+    return dataclasses.replace(own, made=jax.tree.map(placed, own.made, made))
+
+
 def batched(fn: Callable) -> Callable:
     """The function for rows that belong to different adapters.
 
@@ -107,9 +172,9 @@ def batched(fn: Callable) -> Callable:
 
     Returns:
         A function ``(base, stacks, ids, *args, **kwargs)``. `stacks` is what `stack` returned, `Expanded` ones, or a
-        sequence of both; `ids` (B,) int counts through them, `BASE` for a row without an adapter. Differentiable in
-        the stacks' `params`, so one step trains many adapters. Other ids, and other adapters of the same spec in their
-        place, compile nothing again.
+        sequence of both; `ids` (B,) int counts through them, `BASE` for a row without an adapter. Or `stacks` is what
+        `rows` returned, and `ids` None. Differentiable in the stacks' `params`, so one step trains many adapters. Other
+        ids, and other adapters of the same spec in their place, compile nothing again.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxpeft
@@ -124,40 +189,46 @@ def batched(fn: Callable) -> Callable:
     """
     forward = adapt(fn)
 
-    def run(base: Any, stacks: Adapters | Sequence[Adapters], ids: Array, *args: Any, **kwargs: Any) -> Any:
-        stacks = [stacks] if isinstance(stacks, Adapter | Expanded) else list(stacks)
-        ids = jnp.asarray(ids)
-        _check(ids, args)
-        first, chosen = 0, []
-        for one in stacks:
-            chosen.append(_rows(one, ids - first))
-            first += size(one)
+    def run(
+        base: Any, stacks: Adapters | Sequence[Adapters] | Sequence[Rows], ids: Array | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        own = _given(stacks) if ids is None else rows(stacks, ids)  # pyright: ignore[reportArgumentType]
+        _check(own, ids, args)
 
-        def row(own: list[Expanded], args: Any) -> Any:
-            out = forward(base, own, *jax.tree.map(lambda leaf: leaf[None], args), **kwargs)
+        def row(own: list[Rows], args: Any) -> Any:
+            updates = [Expanded(one.made, one.spec, one.sites) for one in own]
+            out = forward(base, updates, *jax.tree.map(lambda leaf: leaf[None], args), **kwargs)
             return jax.tree.map(lambda leaf: leaf[0], out)
 
-        return jax.vmap(row)(chosen, args)
+        return jax.vmap(row, in_axes=(1, 0))(own, args)
 
     return run
 
 
-def _check(ids: Array, args: Any) -> None:
-    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"ids has shape {ids.shape} and type {ids.dtype}; expected one integer a row, (B,)")
+def _given(stacks: Any) -> list[Rows]:
+    own = [stacks] if isinstance(stacks, Rows) else list(stacks)
+    if wrong := [type(one).__name__ for one in own if not isinstance(one, Rows)]:
+        raise ValueError(f"ids is None, which is for what batch.rows returned; found {wrong[0]}, which needs ids")
+    return own
+
+
+def _check(own: Sequence[Rows], ids: Array | None, args: Any) -> None:
+    counts = [leaf.shape[1] for leaf in jax.tree.leaves(list(own))][:1] if ids is None else [len(ids)]
     for leaf in jax.tree.leaves(args):
-        if np.shape(leaf)[:1] != ids.shape:
-            raise ValueError(f"an argument has shape {np.shape(leaf)}; expected {ids.shape[0]} rows, as ids has")
+        for count in counts:
+            if np.shape(leaf)[:1] != (count,):
+                raise ValueError(f"an argument has shape {np.shape(leaf)}; expected {count} rows, as ids has")
 
 
-def _rows(stacked: Adapters, ids: Array) -> Expanded:
+def _rows(stacked: Adapters, ids: Array) -> Rows:
     """Each row's updates; all arrays are zero, which changes nothing, where the id is of no adapter of this stack."""
     known = (ids >= 0) & (ids < size(stacked))
     own = jax.tree.map(lambda leaf: leaf[jnp.clip(ids, 0, size(stacked) - 1)], stacked)
     if isinstance(own, Adapter):
         own = jax.vmap(lambda adapter: Expanded(adapter.updates(), adapter.spec, adapter.sites))(own)
 
-    def zero(leaf: Array) -> Array:
-        return jnp.where(known.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype))
+    def laid_out(leaf: Array) -> Array:
+        zeroed = jnp.where(known.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype))
+        return jnp.moveaxis(zeroed, 0, 1)
 
-    return jax.tree.map(zero, own)
+    return Rows(jax.tree.map(laid_out, own.made), own.spec, own.sites)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -79,6 +80,56 @@ def test_methods_and_ranks_are_mixed() -> None:
     out = jax.jit(batch.batched(model.apply))(model.params, [batch.stack(part) for part in parts], ids, TOKENS)
     wanted = alone(model, [adapter for part in parts for adapter in part], ids, TOKENS)
     np.testing.assert_allclose(out, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+
+
+def test_rows_are_made_once_and_changed_one_by_one() -> None:
+    model, traces = made(), []
+
+    def apply(params, tokens):
+        traces.append(None)
+        return model.apply(params, tokens)
+
+    forward = jax.jit(batch.batched(apply))
+    parts = [adapters(SPECS[name], 2) for name in ("mos", "ia3", "lora dora")]
+    several, ids = [adapter for part in parts for adapter in part], jnp.array([5, 0, batch.BASE, 3, 2])
+    own = jax.jit(batch.rows)([batch.stack(part) for part in parts], ids)
+    out = forward(model.params, own, None, TOKENS)
+    wanted = alone(model, several, ids, TOKENS)
+    np.testing.assert_allclose(out, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+    before = len(traces)
+    place = jax.jit(batch.place)
+    # The base's row gets adapter 1, and the first row is the base's.
+    own = [place(own[0], 2, batch.expand(several[1])), own[1], place(own[2], 0, None)]
+    changed = ids.at[2].set(1).at[0].set(batch.BASE)
+    out = forward(model.params, own, None, TOKENS)
+    wanted = alone(model, several, changed, TOKENS)
+    np.testing.assert_allclose(out, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+    assert len(traces) == before
+
+
+def test_rows_lie_where_a_loop_over_layers_reads_them() -> None:
+    """A loop of calls moves no array of the rows, which would copy all of them for every token."""
+    model = made()
+    own = batch.rows(batch.stack(adapters(SPECS["lora"])), IDS)
+    several = {leaf.shape for leaf in jax.tree.leaves(own)}
+    forward = batch.batched(model.apply)
+
+    def calls(own, tokens):
+        return jax.lax.scan(
+            lambda total, _: (total + forward(model.params, own, None, tokens).sum(), None), 0.0, length=3
+        )[0]
+
+    def equations(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation
+            for inner in jex.jaxprs_in_params(equation.params):
+                yield from equations(inner)
+
+    jaxpr = jax.make_jaxpr(calls)(own, TOKENS).jaxpr
+    scans = [equation for equation in equations(jaxpr) if equation.primitive.name == "scan"]
+    assert len(scans) == 2, "the tokens', and in it the layers'"
+    moved = [e for e in equations(jaxpr) if e.primitive.name == "transpose" and e.invars[0].aval.shape in several]
+    assert not moved
 
 
 def test_ids_and_adapters_are_data() -> None:
@@ -168,3 +219,8 @@ def test_mistakes_are_named() -> None:
         forward(model.params, stacked, jnp.zeros(5), TOKENS)
     with pytest.raises(ValueError, match="expected 4 rows"):
         forward(model.params, stacked, IDS[:4], TOKENS)
+    own = batch.rows(stacked, IDS[:4])
+    with pytest.raises(ValueError, match="expected 4 rows"):
+        forward(model.params, own, None, TOKENS)
+    with pytest.raises(ValueError, match="found Adapter, which needs ids"):
+        forward(model.params, [stacked, *own], None, TOKENS)

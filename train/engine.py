@@ -1,8 +1,8 @@
 """How do many requests, each with an adapter of its own, share one model? In rows that are filled and freed in turn.
 
-The model writes in a fixed number of rows. Each has a cache of its own, and its adapter's updates lie in a stack at the
-row's number; so whose turn it is, and with which adapter, is data. One program writes in all rows, and one a length of
-prompt reads a prompt into a row; requests and adapters that come and go compile nothing.
+The model writes in a fixed number of rows. Each has a cache of its own, and its adapter's updates lie where the row's
+are; so whose turn it is, and with which adapter, is data. One program writes in all rows, and one a length of prompt
+reads a prompt into a row; requests and adapters that come and go compile nothing.
 """
 
 import collections
@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 import jaxpeft
 from jaxpeft import batch
 from jaxpeft.adapter import Adapter
-from jaxpeft.batch import Expanded
+from jaxpeft.batch import Expanded, Rows
 from jaxpeft.models import LanguageModel
 from jaxpeft.models.generate import RowSampling, Writing, bucket
 from train.request import Answer, Closed, Deliver, QueueFull, Request, TooLong
@@ -33,12 +33,12 @@ class Structure:
     """Adapters whose updates have the same types and shapes, whatever their method: they share programs.
 
     Attributes:
-      number: its place among the stacks.
-      stack: one adapter's updates a row.
+      updates: of every row; zero where an adapter of another structure answers, or none.
+      filled: rows whose updates are not zero.
     """
 
-    number: int
-    stack: Expanded
+    updates: Rows
+    filled: set[int] = field(default_factory=set)
 
 
 class Engine:
@@ -55,7 +55,7 @@ class Engine:
       max_queue: requests that may wait for a row.
 
     Attributes:
-      traces: how often each program was compiled, by its name.
+      traces: how often each program that reads or writes was compiled, by its name.
 
     Raises:
       ValueError: a size below 1, or a length beyond the model's context.
@@ -102,6 +102,7 @@ class Engine:
         self.traces: Counter[str] = Counter()
         self._prefill = jax.jit(self._prefilled, donate_argnums=(1, 2))
         self._decode = jax.jit(self._decoded, donate_argnums=1)
+        self._clear = jax.jit(functools.partial(batch.place, updates=None), donate_argnums=0)
         self._structures: dict[Hashable, Structure] = {}
         self._lock = threading.Condition()
         self._queue: collections.deque[Answer] = collections.deque()
@@ -153,14 +154,16 @@ class Engine:
         largest = self.max_length - 1
         known: dict[int | None, Adapter | None] = {None: None}
         for adapter in adapters:  # All structures first: the program that writes is of all of them.
-            structure, _ = self._stack(adapter)
-            known.setdefault(structure and structure.number, adapter)
+            structure, _ = self._expanded(adapter)
+            known.setdefault(id(structure), adapter)
         for size in sorted({bucket(length, largest) for length in range(1, largest + 1)}):
             for adapter in known.values():
                 self.submit(Request(tokens=np.zeros(size, np.int32), max_tokens=1, adapter=adapter), lambda *_: None)
                 while self.step():
                     pass
         self._write()
+        for structure in self._structures.values():
+            self._clear(structure.updates, np.int32(0))
         self._reset()
 
     @property
@@ -235,10 +238,10 @@ class Engine:
     def _write(self) -> list[list[int]]:
         """The next tokens of every row."""
         drawn = np.bool_((self._temperatures > 0).any())
-        stacks = [structure.stack for structure in self._structures.values()]
+        updates = [structure.updates for structure in self._structures.values()]
         # Copies: a program may read its arguments after this thread has gone on to change them.
-        rows = [array.copy() for array in (self._ids, self._seeds, self._temperatures, self._top_ps)]
-        tokens, self._writing = self._decode(self.base, self._writing, stacks, *rows, drawn)
+        rows = [array.copy() for array in (self._seeds, self._temperatures, self._top_ps)]
+        tokens, self._writing = self._decode(self.base, self._writing, updates, *rows, drawn)
         return np.asarray(tokens).tolist()
 
     def _run(self) -> None:
@@ -261,17 +264,20 @@ class Engine:
         answer = self._answers[row]
         assert answer is not None
         request = answer.request
-        structure, expanded = self._stack(request.adapter)
+        structure, expanded = self._expanded(request.adapter)
         size = len(request.tokens)
         tokens = np.zeros((1, bucket(size, self.max_length - 1)), np.int32)
         tokens[0, :size] = request.tokens
         self._seeds[row] = request.seed % 2**32
         self._temperatures[row], self._top_ps[row] = request.temperature, request.top_p
-        self._ids[row] = batch.BASE if structure is None else structure.number * self.rows + row
-        token, self._writing, stack = self._prefill(
+        for other in self._structures.values():
+            if row in other.filled and other is not structure:
+                other.updates = self._clear(other.updates, np.int32(row))
+                other.filled.remove(row)
+        token, self._writing, updates = self._prefill(
             self.base,
             self._writing,
-            structure and structure.stack,
+            structure and structure.updates,
             expanded,
             np.int32(row),
             tokens,
@@ -281,7 +287,8 @@ class Engine:
             self._top_ps[row : row + 1].copy(),
         )
         if structure is not None:
-            structure.stack = stack
+            structure.updates = updates
+            structure.filled.add(row)
         self._deliver(row, [int(token)])
 
     def _deliver(self, row: int, written: list[int]) -> None:
@@ -300,11 +307,11 @@ class Engine:
 
     def _finish(self, row: int, reason: str, tokens: list[int] | None = None) -> None:
         answer, self._answers[row] = self._answers[row], None
-        self._ids[row], self._temperatures[row] = batch.BASE, 0.0
+        self._temperatures[row] = 0.0
         if answer is not None:
             answer.deliver(tokens or [], reason)
 
-    def _stack(self, adapter: Adapter | None) -> tuple[Structure | None, Expanded | None]:
+    def _expanded(self, adapter: Adapter | None) -> tuple[Structure | None, Expanded | None]:
         """The structure of an adapter, new if need be, and its updates, as that structure's."""
         if adapter is None:
             return None, None
@@ -312,32 +319,33 @@ class Engine:
         key = _structure(expanded)
         if key not in self._structures:
             self.check(adapter)
-            self._structures[key] = Structure(len(self._structures), self._a_row_each(expanded))
+            made = jax.tree.map(
+                lambda leaf: self._zeros(len(leaf), self.rows, *leaf.shape[1:], dtype=leaf.dtype), expanded.made
+            )
+            self._structures[key] = Structure(Rows(made, expanded.spec, expanded.sites))
         structure = self._structures[key]
-        return structure, dataclasses.replace(expanded, spec=structure.stack.spec)
+        return structure, dataclasses.replace(expanded, spec=structure.updates.spec)
 
     def _reset(self) -> None:
         """Empty rows."""
-        self._ids = np.full(self.rows, batch.BASE, np.int32)
         self._seeds = np.zeros(self.rows, np.uint32)
         self._temperatures, self._top_ps = np.zeros(self.rows, np.float32), np.ones(self.rows, np.float32)
         prompt, lengths = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
         prefill = functools.partial(self.model.prefill, slots=self.max_length)
         empty = jax.eval_shape(jaxpeft.adapt(prefill), self.base, [], prompt, lengths)
-        self._writing = self._a_row_each(empty)
+        self._writing = jax.tree.map(lambda leaf: self._zeros(self.rows, *leaf.shape, dtype=leaf.dtype), empty)
         for structure in self._structures.values():
-            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), structure.stack)
-            structure.stack = self._a_row_each(one)
+            empty = jax.tree.map(lambda leaf: self._zeros(*leaf.shape, dtype=leaf.dtype), structure.updates)
+            structure.updates, structure.filled = empty, set()
 
-    def _a_row_each(self, tree: Any) -> Any:
-        """Zeros of the shapes in `tree`, once for every row."""
-        return jax.tree.map(lambda leaf: jnp.zeros((self.rows, *leaf.shape), leaf.dtype, device=self._device), tree)
+    def _zeros(self, *shape: int, dtype: Any) -> jax.Array:
+        return jnp.zeros(shape, dtype, device=self._device)
 
     def _prefilled(
         self,
         base: Any,
         writing: Writing,
-        stack: Expanded | None,
+        updates: Rows | None,
         expanded: Expanded | None,
         row: jax.Array,
         tokens: jax.Array,
@@ -345,8 +353,8 @@ class Engine:
         seed: jax.Array,
         temperature: jax.Array,
         top_p: jax.Array,
-    ) -> tuple[jax.Array, Writing, Expanded | None]:
-        """Reads a prompt into a row; its first token, all rows, and the row's updates in the stack."""
+    ) -> tuple[jax.Array, Writing, Rows | None]:
+        """Reads a prompt into a row; its first token, all rows, and the updates with the row's among them."""
         self.traces[f"prefill {tokens.shape[1]}"] += 1
         own = jaxpeft.adapt(self.model.prefill)(
             base,
@@ -364,17 +372,16 @@ class Engine:
         cache = jax.tree.map(lambda array: jnp.roll(array, -begins, axis=2), own.cache)
         own = own._replace(begins=jnp.zeros_like(own.begins), slot=own.slot - begins, cache=cache)
 
-        def place(all_rows: Any, one: Any) -> Any:
-            return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, row, 0), all_rows, one)
+        def placed(all_rows: jax.Array, one: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(all_rows, one, row, 0)
 
-        return own.token[0], place(writing, own), stack and place(stack, expanded)
+        return own.token[0], jax.tree.map(placed, writing, own), updates and batch.place(updates, row, expanded)
 
     def _decoded(
         self,
         base: Any,
         writing: Writing,
-        stacks: list[Expanded],
-        ids: jax.Array,
+        updates: list[Rows],
         seeds: jax.Array,
         temperatures: jax.Array,
         top_ps: jax.Array,
@@ -383,18 +390,20 @@ class Engine:
         """The next tokens (R, N) of all rows."""
         self.traces["decode"] += 1
 
-        def write(base: Any, writing: Writing, seed: Any, temperature: Any, top_p: Any, *, drawn: Any) -> Any:
-            def one(writing: Writing, _: None) -> tuple[Writing, jax.Array]:
-                writing = self.model.step(base, writing, sampling=sampling, key=key, eos_ids=self.end_ids)
-                return writing, writing.token[0]
-
+        def step(base: Any, writing: Writing, seed: Any, temperature: Any, top_p: Any, *, drawn: Any) -> Writing:
             sampling, key = RowSampling(temperature, top_p, drawn), jax.random.key(seed[0])
             own = jax.tree.map(lambda leaf: leaf[0], writing)
-            own, tokens = jax.lax.scan(one, own, length=self.tokens_per_call)
-            return jax.tree.map(lambda leaf: leaf[None], (tokens, own))
+            own = self.model.step(base, own, sampling=sampling, key=key, eos_ids=self.end_ids)
+            return jax.tree.map(lambda leaf: leaf[None], own)
 
-        forward = batch.batched(write)
-        return forward(base, stacks, ids, writing, seeds, temperatures, top_ps, drawn=drawn)
+        # The loop is around the rows: one inside them would move their updates into another order for every token.
+        def one(writing: Writing, _: None) -> tuple[Writing, jax.Array]:
+            forward = batch.batched(step)
+            writing = forward(base, updates, None, writing, seeds, temperatures, top_ps, drawn=drawn)
+            return writing, writing.token[:, 0]
+
+        writing, tokens = jax.lax.scan(one, writing, length=self.tokens_per_call)
+        return tokens.T, writing
 
 
 def _structure(expanded: Expanded) -> Hashable:
