@@ -7,7 +7,7 @@ of the model. `rows` lays them out once for many calls.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from jaxpeft.adapter import Adapter
 from jaxpeft.apply import adapt
 from jaxpeft.sites import Sites
 from jaxpeft.spec import Spec
-from jaxpeft.updates import Update
+from jaxpeft.updates import LowRank, Update
 
 BASE = -1
 """Number of a row that no adapter answers."""
@@ -124,8 +124,10 @@ def rows(stacks: Adapters | Sequence[Adapters], ids: Array) -> list[Rows]:
         ids: as in `batched`.
 
     Returns:
-        One for each stack, to be passed in place of the stacks, with None for `ids`. Where a row's id is of no adapter
-        of a stack, its arrays there are zero.
+        What to pass in place of the stacks, with None for `ids`. Stacks whose updates are alike, whatever methods made
+        them, are one: a row costs what the largest rank costs, and smaller ones are filled with zeros. For each further
+        kind there is one more, whose arrays are zero where the row's adapter is of another kind, and all rows pay for
+        it.
 
     Raises:
         ValueError: ids are not one integer a row.
@@ -150,7 +152,7 @@ def rows(stacks: Adapters | Sequence[Adapters], ids: Array) -> list[Rows]:
     for one in stacks:
         found.append(_rows(one, ids - first))
         first += size(one)
-    return found
+    return _joined(found)
 
 
 def place(own: Rows, row: Array | int, updates: Expanded | None) -> Rows:
@@ -232,3 +234,41 @@ def _rows(stacked: Adapters, ids: Array) -> Rows:
         return jnp.moveaxis(zeroed, 0, 1)
 
     return Rows(jax.tree.map(laid_out, own.made), own.spec, own.sites)
+
+
+def _joined(found: Sequence[Rows]) -> list[Rows]:
+    """The same with what is alike in one: each row's updates are zero in all but its own, so their sum is its own."""
+    alike: dict[Hashable, list[Rows]] = {}
+    for one in found:
+        alike.setdefault(_kind(one), []).append(one)
+    joined = []
+    for first, *others in alike.values():
+        made = first.made
+        for other in others:
+            made = {name: _added(update, other.made[name]) for name, update in made.items()}
+        joined.append(dataclasses.replace(first, made=made))
+    return joined
+
+
+def _kind(one: Rows) -> Hashable:
+    """What rows have in common whose updates can be added: all but the rank, and how they are dropped in training."""
+
+    def of(update: Update) -> Hashable:
+        leaves, structure = jax.tree.flatten(update)
+        kept = [leaf.shape[:2] + leaf.shape[3:] if type(update) is LowRank else leaf.shape for leaf in leaves]
+        return structure, tuple((shape, str(leaf.dtype)) for shape, leaf in zip(kept, leaves, strict=True))
+
+    parts = [one.spec.part(group) for group in one.sites]
+    dropped = tuple((part.dropout, part.dropout_on, part.dropout_pattern) for part in parts)
+    return one.sites, dropped, tuple((name, of(one.made[name])) for name in sorted(one.made))
+
+
+def _added(left: Update, right: Update) -> Update:
+    """The sum of two rows' arrays; of low-rank updates after the smaller rank is filled with zeros."""
+
+    def added(left: Array, right: Array) -> Array:
+        shape = np.maximum(left.shape, right.shape)
+        left, right = (jnp.pad(leaf, [(0, size) for size in shape - leaf.shape]) for leaf in (left, right))
+        return left + right
+
+    return jax.tree.map(added, left, right)

@@ -132,6 +132,27 @@ def test_rows_lie_where_a_loop_over_layers_reads_them() -> None:
     assert not moved
 
 
+def test_updates_that_are_alike_are_one() -> None:
+    """Whatever method made them: a row costs what the largest rank costs."""
+    model = made()
+    specs = [
+        lora.Spec(rank=2),
+        SPECS["ia3"],
+        lora.Spec(rank=5, alpha=3.0),
+        SPECS["mos"],
+        lora.Spec(rank=3, dropout=0.1),
+    ]
+    parts = [adapters(spec, 1) for spec in specs]
+    ids = jnp.array([3, 2, batch.BASE, 0, 1])
+    own = batch.rows([batch.stack(part) for part in parts], ids)
+    widths = [{update.a.shape[2] for update in one.made.values()} for one in own if isinstance(one.spec, lora.Spec)]
+    assert len(own) == 3, "both LoRAs with MoS; IA3; and what drops otherwise in training"
+    assert widths == [{max(5, SPECS["mos"].rank)}, {3}]
+    out = jax.jit(batch.batched(model.apply))(model.params, own, None, TOKENS)
+    wanted = alone(model, [part[0] for part in parts], ids, TOKENS)
+    np.testing.assert_allclose(out, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+
+
 def test_ids_and_adapters_are_data() -> None:
     model, traces = made(), []
 

@@ -32,18 +32,17 @@ def work(folder: str, rows: int, prompt: int, new: int, methods: Sequence[str], 
     tokens = np.random.default_rng(0).integers(0, lm.config.vocab_size, (rows, prompt), np.int32)
     lengths, ids = np.full(rows, prompt, np.int32), np.arange(rows, dtype=np.int32)
     stacks = [batch.stack(_made(lm, method, max(1, adapters // len(methods)))) for method in methods]
-    reader, writer = _batched(lm, prompt, new) if adapters else _together(lm, prompt, new)
-    expand = jax.jit(lambda stacks: [jax.vmap(batch.expand)(one) for one in stacks])
+    expand, reader, writer = _batched(lm, prompt, new) if adapters else _together(lm, prompt, new)
     train = _gradient(lm, bool(adapters))
 
     def run() -> dict[str, float]:
         start = time.perf_counter()
-        own = expand(stacks)
-        first, writing = jax.block_until_ready(reader(lm.params, own, ids, tokens, lengths))
+        own = expand(stacks, ids)
+        writing = jax.block_until_ready(reader(lm.params, own, tokens, lengths))
         middle = time.perf_counter()
-        jax.block_until_ready(writer(lm.params, own, ids, writing))
+        jax.block_until_ready(writer(lm.params, own, writing))
         found = {"prefill": middle - start, "decode": time.perf_counter() - middle}
-        del first, writing, own
+        del writing, own
         if len(stacks) == 1:
             start = time.perf_counter()
             jax.block_until_ready(train(stacks[0], lm.params, ids, tokens))
@@ -94,31 +93,35 @@ def _first(stacks: Sequence[Any]) -> list[Any]:
     return [jax.tree.map(lambda leaf: leaf[0], one) for one in stacks]
 
 
-def _together(lm: models.LanguageModel, prompt: int, new: int) -> tuple[Callable, Callable]:
+def _together(lm: models.LanguageModel, prompt: int, new: int) -> tuple[Callable, Callable, Callable]:
     """All rows as one batch of one adapter, or of none."""
     read = jaxpeft.adapt(partial(lm.prefill, slots=prompt + new, eos_ids=()))
     write = jaxpeft.adapt(partial(lm.write, count=new - 1, eos_ids=()))
-
-    def reader(base: Any, own: Any, ids: Any, tokens: Any, lengths: Any) -> Any:
-        writing = read(base, _first(own), tokens, lengths)
-        return writing.token, writing
-
-    return jax.jit(reader), jax.jit(lambda base, own, ids, writing: write(base, _first(own), writing))
+    return jax.jit(lambda stacks, ids: [batch.expand(one) for one in _first(stacks)]), jax.jit(read), jax.jit(write)
 
 
-def _batched(lm: models.LanguageModel, prompt: int, new: int) -> tuple[Callable, Callable]:
+def _batched(lm: models.LanguageModel, prompt: int, new: int) -> tuple[Callable, Callable, Callable]:
     """Every row as a batch of one with its own adapter, as the server has them."""
 
     def read(base: Any, tokens: Any, lengths: Any) -> Any:
-        writing = lm.prefill(base, tokens, lengths, slots=prompt + new, eos_ids=())
-        return writing.token, jax.tree.map(lambda leaf: leaf[None], writing)
+        own = lm.prefill(base, tokens, lengths, slots=prompt + new, eos_ids=())
+        return jax.tree.map(lambda leaf: leaf[None], own)
 
-    def write(base: Any, writing: Any) -> Any:
-        own = jax.tree.map(lambda leaf: leaf[0], writing)
-        own, tokens = jax.lax.scan(lambda own, _: (lm.step(base, own, eos_ids=()), own.token[0]), own, length=new - 1)
-        return tokens[None], jax.tree.map(lambda leaf: leaf[None], own)
+    def step(base: Any, writing: Any) -> Any:
+        own = lm.step(base, jax.tree.map(lambda leaf: leaf[0], writing), eos_ids=())
+        return jax.tree.map(lambda leaf: leaf[None], own)
 
-    return jax.jit(batch.batched(read)), jax.jit(batch.batched(write))
+    def writer(base: Any, own: Any, writing: Any) -> Any:
+        def one(writing: Any, _: None) -> tuple[Any, Any]:
+            writing = batch.batched(step)(base, own, None, writing)
+            return writing, writing.token[:, 0]
+
+        return jax.lax.scan(one, writing, length=new - 1)
+
+    def reader(base: Any, own: Any, tokens: Any, lengths: Any) -> Any:
+        return batch.batched(read)(base, own, None, tokens, lengths)
+
+    return jax.jit(batch.rows), jax.jit(reader), jax.jit(writer)
 
 
 def _gradient(lm: models.LanguageModel, each: bool) -> Callable:
