@@ -86,13 +86,15 @@ def test_a_model_with_too_few_layers(tmp_path, capsys):
 
 @pytest.mark.topology
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_traffic_on_a_tpu():
+@pytest.mark.parametrize("name", pools.VARIANTS)
+def test_traffic_on_a_tpu(name):
     """At least the pool and the cotangents are read, and factors and gradient written."""
     index = np.asarray(drawn.draw(jax.random.key(0), layers=16, slots=60, public=256, private=4))
     pool, cotangent = np.zeros((320, 256), np.float32), np.zeros((*index.shape, 256), np.float32)
     arguments = ({"group": {"a": pool}}, {"group": {"a": cotangent}})
     chip, why = pools._chip()
     assert chip is not None, why
-    found = pools._on(chip, pools.expansion(pools.scatter_add, {"group": {"a_index": index}}), arguments)
-    assert found["tpu_megabytes"] >= 2 * (pool.nbytes + cotangent.nbytes) / 1e6
+    found = pools._on(chip, pools.expansion(pools.VARIANTS[name], {"group": {"a_index": index}}), arguments)
+    used = len(np.unique(index)) / len(pool)  # of the pool, what is gathered
+    assert found["tpu_megabytes"] >= ((1 + used) * pool.nbytes + 2 * cotangent.nbytes) / 1e6
     assert found["tpu_temporary_megabytes"] >= 0

@@ -460,6 +460,30 @@ def test_trip_counts_from_the_condition(first, step, last, direction, trips) -> 
     assert (found.flops, found.unknown_loops) == ((1 if trips is None else trips) * 2 * 4**3, int(trips is None))
 
 
+def test_operands_that_a_fusion_inside_only_renames_are_read() -> None:
+    text = """HloModule m, is_scheduled=true
+
+%renamed (r: f32[8,16]) -> f32[8,16] {
+  %r = f32[8,16]{1,0} parameter(0)
+  ROOT %b = f32[8,16]{0,1} bitcast(%r)
+}
+
+%product (p: f32[4,8], q: f32[8,16]) -> f32[4,16] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %q = f32[8,16]{1,0} parameter(1)
+  %inside = f32[8,16]{0,1} fusion(%q), kind=kLoop, calls=%renamed
+  ROOT %c = f32[4,16]{1,0} dot(%p, %inside), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[4,8], w: f32[8,16]) -> f32[4,16] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %w = f32[8,16]{1,0} parameter(1)
+  ROOT %y = f32[4,16]{1,0} fusion(%x, %w), kind=kOutput, calls=%product
+}
+"""
+    assert costs.analyse(text).memory_bytes == 4 * (4 * 8 + 8 * 16 + 4 * 16)
+
+
 def test_what_a_tpu_keeps_in_vmem_is_no_traffic() -> None:
     found = program(
         "%p = f32[8,128]{1,0:T(8,128)} parameter(0)",

@@ -74,7 +74,10 @@ def _read(module: Module, computation: Computation, name: str) -> int:
             read += _read(module, computation, user.name)
         elif user.opcode == "fusion":
             inner = module.computations[user.called("calls")[0]]
-            read += _read(module, inner, inner.parameters[position].name)
+            parameter = inner.parameters[position].name
+            read += _read(module, inner, parameter)
+            if _renamed(inner, parameter, inner.root):
+                read += _read(module, computation, user.name)
         elif not (
             user.opcode == "tuple"
             or (user.opcode == "dynamic-update-slice" and position == 0 and _is_result(computation, user))
@@ -82,6 +85,14 @@ def _read(module: Module, computation: Computation, name: str) -> int:
         ):
             read += whole
     return int(min(read, whole))
+
+
+def _renamed(computation: Computation, name: str, root: str) -> bool:
+    """Whether a value is what a computation returns, but for its name and order."""
+    instruction = computation.instructions[root]
+    if root == name:
+        return True
+    return instruction.opcode in _RENAMES and _renamed(computation, name, instruction.operands[0])
 
 
 def _is_result(computation: Computation, instruction: Instruction) -> bool:
