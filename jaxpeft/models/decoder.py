@@ -81,17 +81,16 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def attention_mask(config: Config, length: int, segment_ids: jax.Array | None) -> jax.Array | None:
-    """Who sees whom, (1 or B, 1, S, S) bool; None where that is simply "everything before"."""
+    """Which of the tokens before it each one sees, (1 or B, 1, S, S) bool; None for all of them."""
     window = config.sliding_window or length
-    if segment_ids is None and window >= length:
-        return None
-    query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
-    mask = key <= query
+    near = None
     if window < length:
-        mask &= query - key < window
+        positions = jnp.arange(length)
+        near = (positions[:, None] - positions[None, :] < window)[None, None]
     if segment_ids is None:
-        return mask[None, None]
-    return mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        return near
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return same if near is None else same & near
 
 
 def segment_positions(segment_ids: jax.Array) -> jax.Array:
