@@ -195,7 +195,7 @@ def batched(fn: Callable) -> Callable:
         base: Any, stacks: Adapters | Sequence[Adapters] | Sequence[Rows], ids: Array | None, *args: Any, **kwargs: Any
     ) -> Any:
         own = _given(stacks) if ids is None else rows(stacks, ids)  # pyright: ignore[reportArgumentType]
-        _check(own, ids, args)
+        _check(_count(own) if ids is None else len(ids), args)
 
         def row(own: list[Rows], args: Any) -> Any:
             updates = [Expanded(one.made, one.spec, one.sites) for one in own]
@@ -214,12 +214,15 @@ def _given(stacks: Any) -> list[Rows]:
     return own
 
 
-def _check(own: Sequence[Rows], ids: Array | None, args: Any) -> None:
-    counts = [leaf.shape[1] for leaf in jax.tree.leaves(list(own))][:1] if ids is None else [len(ids)]
+def _count(own: Sequence[Rows]) -> int | None:
+    """Rows of a batch; None if no updates say it."""
+    return next((leaf.shape[1] for leaf in jax.tree.leaves(list(own))), None)
+
+
+def _check(count: int | None, args: Any) -> None:
     for leaf in jax.tree.leaves(args):
-        for count in counts:
-            if np.shape(leaf)[:1] != (count,):
-                raise ValueError(f"an argument has shape {np.shape(leaf)}; expected {count} rows, as ids has")
+        if count is not None and np.shape(leaf)[:1] != (count,):
+            raise ValueError(f"an argument has shape {np.shape(leaf)}; expected {count} rows, as ids has")
 
 
 def _rows(stacked: Adapters, ids: Array) -> Rows:
