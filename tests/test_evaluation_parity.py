@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from jaxpeft import models
-from jaxpeft.models.pretrained import _cache, _packaged
+from jaxpeft.models.pretrained import _packaged, cache_folder
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'jaxpeft[parity]'")
 transformers = pytest.importorskip("transformers")
@@ -216,7 +216,7 @@ def smollm2():
         ours = models.pretrained(name)
     except ConnectionError as error:
         pytest.skip(str(error))
-    folder = _packaged(name, _cache(None), offline=True)
+    folder = _packaged(name, cache_folder(), offline=True)
     torch_model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return HarnessLM(ours, batch_size=8), HFLM(torch_model, tokenizer=tokenizer, batch_size=8)

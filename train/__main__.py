@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import jax
 
     from jaxpeft.checkpoint import CheckpointError
+    from jaxpeft.models.pretrained import cache_folder
     from train import loop, processes
     from train.builtin import DownloadError
     from train.config import ConfigError
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from train.run import RunError
     from train.template import TemplateError
 
+    # What takes a second or more to compile is kept, but where compilation is measured; JAX's own variables win.
+    if jax.config.jax_compilation_cache_dir is None and options.command not in (commands.bench, commands.plan):
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     try:
         with processes.together(orderly=(loop.Stopped, loop.Diverged)):
             console.quiet = jax.process_index() > 0
@@ -244,14 +248,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _keep_compiled() -> None:
-    """Has JAX keep what takes it a second or more to compile, for the same command again; its own variables win."""
-    folder = os.environ.get("JAXPEFT_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "jaxpeft"
-    )
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser(folder), "compiled"))
-
-
 def _unraisable(unraisable: Any) -> None:
     # TensorStore tells an event loop that is gone of writes that were given up.
     if "Event loop is closed" not in str(unraisable.exc_value):
@@ -261,8 +257,6 @@ def _unraisable(unraisable: Any) -> None:
 def _exit() -> None:
     """Runs the command, and leaves the other processes, if there are any, as `processes.leave` says."""
     sys.unraisablehook = _unraisable
-    if sys.argv[1:2] not in (["bench"], ["plan"]):  # These measure compilation.
-        _keep_compiled()
     try:
         code = main()
     except (KeyboardInterrupt, Exception):

@@ -158,7 +158,7 @@ def pretrained(
             f"keep_blocks: {name!r} is no GGUF model ({', '.join(gguf_models)}); load it, and use jaxpeft.quantize"
         )
     if name in PACKAGED:
-        folder = _packaged(name, _cache(cache_dir), offline)
+        folder = _packaged(name, cache_folder(cache_dir), offline)
     elif os.path.isdir(os.path.expanduser(name)):
         folder = Path(name).expanduser()
     elif name.count("/") == 1 and name[0] not in "./~":
@@ -186,10 +186,11 @@ def packaged_file(name: str, *, cache_dir: str | os.PathLike | None = None, offl
       ConnectionError: the package index cannot be reached, or must not be.
       ValueError: a checksum is wrong.
     """
-    return _member(PACKAGED[name], _cache(cache_dir), offline)
+    return _member(PACKAGED[name], cache_folder(cache_dir), offline)
 
 
-def _cache(cache_dir: str | os.PathLike | None) -> Path:
+def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
+    """Where downloads and what is made of them are kept; see `pretrained`."""
     if cache_dir or (cache_dir := os.environ.get("JAXPEFT_CACHE")):
         return Path(cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxpeft"
