@@ -19,7 +19,7 @@ from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.models import PACKAGED
 from jaxpeft.models.pretrained import PackagedModel
 from train.__main__ import main
-from train.bench import checkpoint, load, merge, movement, specs
+from train.bench import checkpoint, load, merge, movement, specs, workers
 from train.bench.workers import Work, Worker, rounds
 
 LORA, MOS = specs.LORA, specs.MOS
@@ -47,7 +47,7 @@ ANSWERS = {
 class Scripted:
     """A worker whose answers are written down."""
 
-    def __init__(self, name, entry, arguments):
+    def __init__(self, name, entry, arguments, environment):
         self.name, self.facts, self.number = name, {"bytes": 8e9, "told": entry, **arguments}, -2
 
     def run(self):
@@ -65,7 +65,7 @@ class Scripted:
 
 
 def test_rows_of_answers(monkeypatch):
-    monkeypatch.setattr(movement, "Worker", Scripted)
+    monkeypatch.setattr(workers, "Worker", Scripted)
     entries = {"copy": ("m:copy", {}), "work": ("m:work", {"disk_bytes": 7})}
     found = movement.measure("name", "title", entries, {"work": "copy"}, 3, Console(quiet=True), ["a note"])
     copy, work = found.rows

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.util
+import statistics
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,8 @@ from rich.console import Console
 
 from jaxpeft import models
 from train.bench.figures import Column, Figures, ratio
-from train.bench.specs import check
-from train.bench.workers import Worker, rounds
+from train.bench.specs import LORA, MOS, check
+from train.bench.workers import peak_mib, rounds, started
 from train.config import ConfigError
 
 COLUMNS = (
@@ -28,7 +29,7 @@ COLUMNS = (
     Column("per_gb", "adapters per GB", ",.0f"),
     Column("peak_mib", "peak MiB", ",.0f"),
 )
-METHODS = ("lora r=16", "mos r=16 e=2")
+METHODS = (LORA, MOS)
 ONE = "one adapter: {}"
 MANY = "an adapter each: {}"
 MIXED = "an adapter each, two methods: {}"
@@ -71,10 +72,8 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
         folder = str(Path(scratch) / "model")
         models.save(folder, models.pretrained(options.model), dtype="float32")
         shape = {"folder": folder, "rows": options.adapters, "prompt": options.prompt, "new": options.new}
-        workers = []
-        for name, (entry, own) in wanted.items():
-            console.print(f"preparing {name} …", markup=False, highlight=False)
-            workers.append(stack.enter_context(Worker(name, entry, {**shape, **own}, {"TF_CPP_MIN_LOG_LEVEL": "3"})))
+        wanted = {name: (entry, {**shape, **own}) for name, (entry, own) in wanted.items()}
+        workers = started(stack, wanted, console, {"TF_CPP_MIN_LOG_LEVEL": "3"})
         answers = rounds(workers, options.rounds)
     rows = [_row(worker.name, worker.facts, answers, shape) for worker in workers]
     known = {row["name"]: row for row in rows}
@@ -83,7 +82,7 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
             reached = ", ".join(f"{what} {many[f'{what}_ratio']:.3f}" for what in ("prefill", "decode"))
             notes.append(f"{options.adapters} adapters over one, {method}: {reached} (aim 0.9)")
     lora, mos = (known[MANY.format(method)]["adapter_bytes"] for method in METHODS)
-    notes.append(f"{lora / mos:.2f} x as many adapters per GB of mos r=16 e=2 as of lora r=16 (aim 8)")
+    notes.append(f"{lora / mos:.2f} x as many adapters per GB of {MOS} as of {LORA} (aim 8)")
     for name, row in known.items():
         if "difference" in row:
             notes.append(
@@ -106,11 +105,9 @@ def _row(name: str, facts: Mapping[str, Any], answers: Mapping[str, list], shape
         if not seconds:
             continue
         row[f"{what}_seconds"] = seconds
-        row[what] = shape["rows"] * each / sorted(seconds)[len(seconds) // 2]
+        row[what] = shape["rows"] * each / statistics.median(seconds)
         if single in answers and name.startswith((ONE.format(""), MANY.format(""))):
             row[f"{what}_ratio"] = 1 / ratio(seconds, [one["result"][what] for one in answers[single]])
     if facts.get("adapter_bytes"):
         row["adapter_kib"], row["per_gb"] = facts["adapter_bytes"] / 1024, 1e9 / facts["adapter_bytes"]
-    peaks = [one["peak_bytes"] for one in answers[name] if one["peak_bytes"] is not None]
-    row["peak_mib"] = max(peaks) / 2**20 if peaks else None
-    return row
+    return {**row, "peak_mib": peak_mib(answers[name])}

@@ -12,7 +12,8 @@ import numpy as np
 import jaxpeft
 from jaxpeft import batch, models
 from jaxpeft.adapter import Adapter
-from train.bench.specs import SPECS
+from train.bench.specs import SPECS, random_values
+from train.bench.step_tokens import tokens as random_tokens
 from train.bench.workers import Work
 
 
@@ -29,7 +30,7 @@ def work(folder: str, rows: int, prompt: int, new: int, methods: Sequence[str], 
     """
     lm = models.load(folder, tokenizer=False)
     assert isinstance(lm, models.LanguageModel)
-    tokens = np.random.default_rng(0).integers(0, lm.config.vocab_size, (rows, prompt), np.int32)
+    tokens, _ = random_tokens(lm.config.vocab_size, rows, prompt)
     lengths, ids = np.full(rows, prompt, np.int32), np.arange(rows, dtype=np.int32)
     stacks = [batch.stack(_made(lm, method, max(1, adapters // len(methods)))) for method in methods]
     expand, reader, writer = _batched(lm, prompt, new) if adapters else _together(lm, prompt, new)
@@ -81,10 +82,8 @@ def _made(lm: models.LanguageModel, method: str, count: int) -> list[Adapter]:
 
     def one(number: int) -> Adapter:
         made = jaxpeft.init(jax.random.key(number), SPECS[method], sites)
-        leaves, structure = jax.tree.flatten(made.params)
-        keys = jax.random.split(jax.random.key(number), len(leaves))
-        moved = [leaf + 0.01 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-        return made.replace(params=jax.tree.unflatten(structure, moved))
+        noise = random_values(made.params, jax.random.key(number))
+        return made.replace(params=jax.tree.map(lambda leaf, noise: leaf + 0.01 * noise, made.params, noise))
 
     return [one(number) for number in range(count)]
 

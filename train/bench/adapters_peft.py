@@ -1,11 +1,10 @@
 """PEFT's rows of the adapters benchmark: LoRA alone, and its mixed batches."""
 
-import os
 import time
 from typing import Any
 
-import numpy as np
-
+from train.bench import step_torch
+from train.bench.step_tokens import tokens as random_tokens
 from train.bench.workers import Work
 
 
@@ -13,18 +12,15 @@ def work(folder: str, rows: int, prompt: int, new: int, adapters: int) -> Work:
     """As `adapters_jaxpeft.work`, of LoRA r=16; PEFT trains one adapter of a batch, so training is left out."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    base = step_torch.read(folder)
     settings = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
     names = [f"adapter{number}" for number in range(adapters)]
     model: Any = get_peft_model(base, settings, adapter_name=names[0]).eval()
     for name in names[1:]:
         model.add_adapter(name, settings)
     model.set_adapter(names[0])
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, base.config.vocab_size, (rows, prompt), np.int64))
+    tokens = torch.from_numpy(random_tokens(base.config.vocab_size, rows, prompt)[0]).long()
     chosen = {"adapter_names": names} if adapters > 1 else {}
 
     @torch.no_grad()

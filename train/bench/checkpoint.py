@@ -12,10 +12,10 @@ from rich.console import Console
 
 from train.bench import movement
 from train.bench.figures import Column, Figures
-from train.bench.specs import SPECS, check, random_values
+from train.bench.specs import LORA, MOS, SPECS, check, random_values
 from train.bench.workers import Work
 
-ROWS = ("lora r=16", "mos r=16 e=2", "full fine-tuning")
+ROWS = (LORA, MOS, "full fine-tuning")
 COLUMNS = (Column("blocking_seconds", "blocking s", ".3f"), Column("disk_megabytes", "MB on disk", ",.1f"))
 
 

@@ -18,7 +18,7 @@ from train.bench import step_jax, step_jaxpeft
 from train.bench.figures import Column, Figures, ratio, spread
 from train.bench.specs import LORA, MOS, SPECS, decoder, misfit
 from train.bench.step import busy, too_small
-from train.bench.workers import Work, Worker, rounds
+from train.bench.workers import Work, rounds, started
 from train.config import ConfigError
 
 COLUMNS = (
@@ -48,20 +48,21 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
         console.print(line, highlight=False, markup=False)
     environment = {"JAX_ENABLE_COMPILATION_CACHE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
     with contextlib.ExitStack() as stack:
-        workers: dict[tuple[str, int], Worker] = {}
-        for name in names:
-            for depth in numbers:
-                title = f"{name}, {depth} layers"
-                console.print(f"preparing {title} …", highlight=False, markup=False)
-                config = dataclasses.asdict(_deep(model.config, depth))
-                arguments = {"config": config, "spec": SPECS[name].to_dict()}
-                arguments |= {"batch": options.batch, "length": options.length}
-                worker = Worker(title, "train.bench.compile:compiling", arguments, environment)
-                workers[name, depth] = stack.enter_context(worker)
-        found = rounds(list(workers.values()), options.rounds)
+        wanted = {f"{name}, {depth} layers": (name, depth) for name in names for depth in numbers}
+        size = {"batch": options.batch, "length": options.length}
+        entries = {
+            title: (
+                "train.bench.compile:compiling",
+                {"config": dataclasses.asdict(_deep(model.config, depth)), "spec": SPECS[name].to_dict(), **size},
+            )
+            for title, (name, depth) in wanted.items()
+        }
+        workers = started(stack, entries, console, environment)
+        found = rounds(workers, options.rounds)
     made = []
-    for (name, depth), worker in workers.items():
-        first = [answer["seconds"] for answer in found[workers[name, numbers[0]].name]]
+    for worker in workers:
+        name, depth = wanted[worker.name]
+        first = [answer["seconds"] for answer in found[f"{name}, {numbers[0]} layers"]]
         seconds = [answer["seconds"] for answer in found[worker.name]]
         row = {"row": worker.name, "method": name, "layers": depth, "seconds": seconds, **spread(seconds)}
         row |= {"spread": f"{min(seconds):.2f}-{max(seconds):.2f}", "times_first": ratio(seconds, first)}

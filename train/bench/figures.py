@@ -2,7 +2,6 @@
 
 import datetime
 import io
-import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train import report, run
+from train.bench.workers import cores
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def surroundings() -> dict[str, Any]:
     """The machine, the versions and the date."""
     return {
         "machine": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "versions": report.versions(),
         "date": datetime.date.today().isoformat(),
     }

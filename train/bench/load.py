@@ -11,10 +11,9 @@ from rich.console import Console
 
 from train.bench import movement
 from train.bench.figures import Figures
-from train.bench.specs import SPECS, check, random_values
+from train.bench.specs import MOS, SPECS, check, random_values
 from train.bench.workers import Work
 
-ROW = "mos r=16 e=2"
 NOTES = (
     "moved: the bytes of the files; plain: the same files, each read into memory as it is",
     "the files were read before: this is the page cache, not a disk",
@@ -35,13 +34,13 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
     import jaxpeft
     from jaxpeft import models
 
-    check(options.model, "bench load", [ROW])
+    check(options.model, "bench load", [MOS])
     with tempfile.TemporaryDirectory() as kept:
         console.print("writing folders …")
         model = models.pretrained(options.model, dtype="float32")
         for dtype in ("float32", "bfloat16"):
             models.save(f"{kept}/{dtype}", model, dtype=dtype)
-        adapter = jaxpeft.init(jax.random.key(0), SPECS[ROW], jaxpeft.find(model.params))
+        adapter = jaxpeft.init(jax.random.key(0), SPECS[MOS], jaxpeft.find(model.params))
         jaxpeft.save(f"{kept}/adapter", adapter.replace(params=random_values(adapter.params)))
         del model, adapter
         found, plain = entries(options.model, Path(kept))
@@ -73,7 +72,7 @@ def entries(name: str, kept: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     add("float32 safetensors", kept / "float32", loaded=folder("float32", "float32"))
     bfloat16 = {"loaded": folder("bfloat16", "bfloat16"), "loaded_as_float32": folder("bfloat16", "float32")}
     add("bfloat16 safetensors", kept / "bfloat16", **bfloat16)
-    add(f"adapter ({ROW})", kept / "adapter", loaded=("train.bench.load:adapter", {"path": str(kept / "adapter")}))
+    add(f"adapter ({MOS})", kept / "adapter", loaded=("train.bench.load:adapter", {"path": str(kept / "adapter")}))
     return found, plain
 
 

@@ -11,7 +11,7 @@ from train.bench.specs import SPECS, check
 from train.bench.workers import Work
 
 PLAIN = "plain copy of the adapted weights"
-ROWS = ("lora r=16", "mos r=16 e=2", "prolora r=8 e=2", "vera r=256", "surm circulant", "dora r=16")
+ROWS = tuple(SPECS)
 
 
 def measure(options: argparse.Namespace, console: Console) -> Figures:

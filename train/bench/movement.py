@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from train.bench.figures import Column, Figures, ratio, spread
-from train.bench.workers import Worker, rounds
+from train.bench.workers import rounds, started
 
 COLUMNS = (
     Column("megabytes", "MB moved", ",.1f"),
@@ -51,10 +51,7 @@ def measure(
       columns: of what rows have beyond `COLUMNS`.
     """
     with ExitStack() as stack:
-        workers = []
-        for row, (entry, arguments) in entries.items():
-            console.print(f"preparing {row} …", highlight=False)
-            workers.append(stack.enter_context(Worker(row, entry, arguments)))
+        workers = started(stack, entries, console)
         answers = rounds(workers, count)
     seconds = {row: [answer["seconds"] for answer in found] for row, found in answers.items()}
     rows = []

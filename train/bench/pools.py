@@ -17,9 +17,8 @@ from jaxpeft.methods import mos
 from jaxpeft.updates import LowRank
 from train import costs, topology
 from train.bench.figures import Column, Figures, ratio, spread
-from train.bench.specs import SPECS, check
+from train.bench.specs import MOS, SPECS, check
 
-ROW = "mos r=16 e=2"
 TOKENS = 1024
 CHIP = "v5e:1x1"
 
@@ -133,9 +132,9 @@ def application(once: bool, index: Mapping[str, np.ndarray]) -> Callable[[Any, A
 
 def measure(options: argparse.Namespace, console: Console) -> Figures:
     """Times every way on the CPU, in turn, and compiles each for a TPU if its compiler is there."""
-    check(options.model, "bench pools", [ROW])
+    check(options.model, "bench pools", [MOS])
     sites = jaxpeft.find(models.pretrained(options.model, weights=False).params)
-    adapter = jaxpeft.init(jax.random.key(0), SPECS[ROW], sites)
+    adapter = jaxpeft.init(jax.random.key(0), SPECS[MOS], sites)
     names = {group.name: group for group in sites}
     tables = {
         name: {key: np.asarray(found[key]).reshape(len(found[key]), -1) for key in ("a_index", "b_index")}

@@ -59,10 +59,10 @@ def misfit(name: str, model: models.LanguageModel) -> str:
     return ""
 
 
-def random_values(tree: Any) -> Any:
+def random_values(tree: Any, key: jax.Array | None = None) -> Any:
     """The tree with normal values for its floats: zeros, as many are at the start, would vanish in compressed files."""
     leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
+    keys = jax.random.split(jax.random.key(1) if key is None else key, len(leaves))
     values = [
         jax.random.normal(key, leaf.shape, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
         for key, leaf in zip(keys, leaves, strict=True)

@@ -20,7 +20,7 @@ from jaxpeft import models
 from jaxpeft.spec import nearest
 from train.bench.figures import Column, Figures, ratio, spread
 from train.bench.specs import LORA, MOS, SPECS, decoder, misfit
-from train.bench.workers import Worker, rounds
+from train.bench.workers import peak_mib, rounds, started
 from train.config import ConfigError
 from train.run import RunError
 
@@ -96,11 +96,8 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
             # Threads of OpenMP that spin for one that has to wait for a core take seconds for milliseconds of work.
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         }
-        workers: list[Worker] = []
-        for name, row in asked.items():
-            console.print(f"preparing {name} …", highlight=False, markup=False)
-            entry = f"train.bench.{row.entry}"
-            workers.append(stack.enter_context(Worker(name, entry, {**arguments, **row.arguments}, environment)))
+        entries = {name: (f"train.bench.{row.entry}", {**arguments, **row.arguments}) for name, row in asked.items()}
+        workers = started(stack, entries, console, environment)
         check_losses({worker.name: worker.facts["first_loss"] for worker in workers})
         found = rounds(workers, options.rounds)
     tokens = options.batch * options.length
@@ -138,27 +135,27 @@ def notes(made: Sequence[dict[str, Any]]) -> list[str]:
             allowed = 1.05 + share
             found.append(f"{name}: {times:.3f} x frozen; allowed 1.05 + its FLOPs' share {share:.3f} = {allowed:.3f}")
 
-    def over(of: str, to: str, key: str = "seconds") -> float | None:
-        both = of in named and to in named
-        return ratio(named[of][key], named[to][key]) if both and named[of][key] and named[to][key] else None
+    def over(of: str, to: str) -> float | None:
+        return ratio(named[of]["seconds"], named[to]["seconds"]) if of in named and to in named else None
 
     ratios = {"mos / lora of the same materialised rank, seconds (aim 1.03)": over(MOS, LORA)}
     for other, aim in ((PEFT, " (aim 1.2)"), (QWIX, ""), (HANDWRITTEN, "")):
         ratios[f"{LORA} / {other}, tokens/s{aim}"] = over(other, LORA)
-    ratios[f"{LORA} / {PEFT}, peak memory (aim 1)"] = over(LORA, PEFT, "peaks")
+    peaks = [named.get(name, {}).get("peak_mib") for name in (LORA, PEFT)]
+    if all(peaks):
+        ratios[f"{LORA} / {PEFT}, peak memory (aim 1)"] = peaks[0] / peaks[1]
     found += [f"{name}: {value:.3f}" for name, value in ratios.items() if value is not None]
     return found + [f"{name}: {row['settings']}" for name, row in named.items() if row.get("settings")]
 
 
 def _figures(name: str, facts: Mapping[str, Any], answers: Sequence[Mapping[str, Any]], tokens: int) -> dict[str, Any]:
     seconds = [answer["seconds"] for answer in answers]
-    peaks = [answer["peak_bytes"] for answer in answers if answer["peak_bytes"] is not None]
-    found = {"row": name, **facts, "seconds": seconds, **spread(seconds), "peaks": [max(peaks)] if peaks else []}
+    found = {"row": name, **facts, "seconds": seconds, **spread(seconds)}
     return {
         **found,
         "spread": f"{min(seconds):.3f}-{max(seconds):.3f}",
         "tokens_per_second": tokens / found["median_seconds"],
-        "peak_mib": max(peaks) / 2**20 if peaks else None,
+        "peak_mib": peak_mib(answers),
         "losses": [answer["result"] for answer in answers],
     }
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from train.bench.step_tokens import tokens
-from train.bench.workers import Work
+from train.bench.workers import Work, cores
 
 
 def frozen(folder: str, batch: int, length: int, compile: bool) -> Work:
     """Forward pass and gradient of the activations down to the first layer, that of its first norm scale."""
-    model = _read(folder)
+    model = read(folder)
     model.requires_grad_(False)
     scale = model.model.layers[0].input_layernorm.weight
     scale.requires_grad_(True)
@@ -24,7 +24,7 @@ def lora(folder: str, batch: int, length: int, rank: int, compile: bool) -> Work
     import torch
 
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0)
-    model = peft.get_peft_model(_read(folder), config)
+    model = peft.get_peft_model(read(folder), config)
     params = [param for param in model.parameters() if param.requires_grad]
     try:
         optimizer, kind = torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True), "fused"
@@ -35,12 +35,12 @@ def lora(folder: str, batch: int, length: int, rank: int, compile: bool) -> Work
     return Work(made.run, {**made.facts, "settings": f"{made.facts['settings']}, {kind} AdamW"}, steady=True)
 
 
-def _read(folder: str) -> Any:
+def read(folder: str) -> Any:
     """The model, with torch set for this machine."""
     import torch
     import transformers
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     made = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")

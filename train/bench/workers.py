@@ -9,9 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 READY = "\x1fworker "
 """Begins the lines of a worker's output that are answers."""
@@ -103,6 +106,31 @@ def rounds(workers: Sequence[Worker], count: int) -> dict[str, list[dict[str, An
             if number:
                 found[worker.name].append(answer)
     return found
+
+
+def started(
+    stack: ExitStack,
+    entries: Mapping[str, tuple[str, Mapping[str, Any]]],
+    console: Console,
+    environment: Mapping[str, str] = {},
+) -> list[Worker]:
+    """A worker for every {name: (entry, arguments)}, one after the other, that ends with `stack`."""
+    workers = []
+    for name, (entry, arguments) in entries.items():
+        console.print(f"preparing {name} …", highlight=False, markup=False)
+        workers.append(stack.enter_context(Worker(name, entry, arguments, environment)))
+    return workers
+
+
+def peak_mib(answers: Sequence[Mapping[str, Any]]) -> float | None:
+    """The most memory that was resident in any round; None where the system cannot tell."""
+    known = [answer["peak_bytes"] for answer in answers if answer["peak_bytes"] is not None]
+    return max(known) / 2**20 if known else None
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_bytes(of: Callable[[], Any]) -> tuple[Any, int | None]:
