@@ -1,7 +1,5 @@
 """Adapters cross over to Hugging Face PEFT and back with the same logits."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +28,7 @@ from jaxpeft.methods import (
     vblora,
     vera,
 )
+from jaxpeft.models.pretrained import _packaged, cache_folder
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'jaxpeft[parity]'")
@@ -308,9 +307,7 @@ def test_smollm2_both_ways(tmp_path) -> None:
         lm = models.pretrained("smollm2-135m-instruct")
     except ConnectionError as error:
         pytest.skip(f"SmolLM2 is neither cached nor to be had: {error}")
-    pretrained = importlib.import_module("jaxpeft.models.pretrained")  # `models.pretrained` is the function.
-    package = pretrained.PACKAGED[lm.source]
-    folder = pretrained._cache(None) / f"{lm.source}-{package.member_sha256[:12]}"
+    folder = _packaged(lm.source, cache_folder(), offline=True)
     tokens = batch_of(lm)
     spec = mos.Spec(rank=8, equivalent_rank=2, private_rank=1, shards_per_vector=4)
     adapter = jaxpeft.init(jax.random.key(0), spec, jaxpeft.find(lm.params))
