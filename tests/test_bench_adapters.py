@@ -19,7 +19,7 @@ def test_an_adapter_each(tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "adapters.json").read_text())
     rows = {row["name"]: row for row in found["rows"]}
-    assert [name for name in adapters.entries(4) if "torch" not in name] == [n for n in rows if "torch" not in n]
+    assert [name for name in adapters.entries(4, {}) if "torch" not in name] == [n for n in rows if "torch" not in n]
     for method in (LORA, MOS):
         many = rows[adapters.MANY.format(method)]
         assert many["difference"] <= 1e-5

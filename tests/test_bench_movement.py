@@ -20,7 +20,7 @@ from jaxpeft.models import PACKAGED
 from jaxpeft.models.pretrained import PackagedModel
 from train.__main__ import main
 from train.bench import checkpoint, load, merge, movement, specs, workers
-from train.bench.workers import Work, Worker, rounds
+from train.bench.workers import Entry, Work, Worker, rounds
 
 LORA, MOS = specs.LORA, specs.MOS
 LAYERS, WIDTH = 15, 32
@@ -47,8 +47,8 @@ ANSWERS = {
 class Scripted:
     """A worker whose answers are written down."""
 
-    def __init__(self, name, entry, arguments, environment):
-        self.name, self.facts, self.number = name, {"bytes": 8e9, "told": entry, **arguments}, -2
+    def __init__(self, name, entry):
+        self.name, self.facts, self.number = name, {"bytes": 8e9, "told": entry.function, **entry.arguments}, -2
 
     def run(self):
         self.number += 1
@@ -66,7 +66,7 @@ class Scripted:
 
 def test_rows_of_answers(monkeypatch):
     monkeypatch.setattr(workers, "Worker", Scripted)
-    entries = {"copy": ("m:copy", {}), "work": ("m:work", {"disk_bytes": 7})}
+    entries = {"copy": Entry("m:copy", {}), "work": Entry("m:work", {"disk_bytes": 7})}
     found = movement.measure("name", "title", entries, {"work": "copy"}, 3, Console(quiet=True), ["a note"])
     copy, work = found.rows
     assert copy["ratio"] == 1
@@ -99,8 +99,8 @@ def filling(megabytes, log):
 def test_each_peak_is_the_works_own(tmp_path, monkeypatch):
     """Memory that a round frees is given back, or the next would seem to need less."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-    entry = {"megabytes": 64, "log": str(tmp_path / "log")}
-    with Worker("w", "test_bench_movement:filling", entry) as worker:
+    arguments = {"megabytes": 64, "log": str(tmp_path / "log")}
+    with Worker("w", Entry("test_bench_movement:filling", arguments)) as worker:
         answers = rounds([worker], 3)["w"]
     for answer in answers:
         assert answer["peak_bytes"] - answer["resident_bytes"] == pytest.approx(64 * 2**20, rel=0.03)
@@ -129,7 +129,7 @@ class TestLoad:
         found, plain = load.entries(model, tmp_path)
         assert not any(row.startswith("GGUF") for row in found)
         sizes = {}
-        for row, (entry, arguments) in found.items():
+        for row, (entry, arguments, _) in found.items():
             module, _, function = entry.partition(":")
             work = getattr(sys.modules[module], function)(**arguments)
             work.before()

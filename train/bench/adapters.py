@@ -14,7 +14,7 @@ from rich.console import Console
 from jaxpeft import models
 from train.bench.figures import Column, Figures, ratio
 from train.bench.specs import LORA, MOS, check
-from train.bench.workers import peak_mib, rounds, started
+from train.bench.workers import TORCH, Entry, peak_mib, rounds, started
 from train.config import ConfigError
 
 COLUMNS = (
@@ -36,16 +36,22 @@ MIXED = "an adapter each, two methods: {}"
 PEFT = "lora r=16 (PEFT, torch)"
 
 
-def entries(count: int) -> dict[str, tuple[str, dict[str, Any]]]:
-    """{row: (entry, its own arguments)}, in the order of the table."""
-    ours, theirs = "train.bench.adapters_jaxpeft:work", "train.bench.adapters_peft:work"
-    found: dict[str, tuple[str, dict[str, Any]]] = {"no adapter": (ours, {"methods": []})}
+def entries(count: int, shape: Mapping[str, Any]) -> dict[str, Entry]:
+    """{row: what it runs}, in the order of the table; `shape` is what all rows are told."""
+
+    def ours(**own: Any) -> Entry:
+        return Entry("train.bench.adapters_jaxpeft:work", {**shape, **own}, {"TF_CPP_MIN_LOG_LEVEL": "3"})
+
+    def theirs(**own: Any) -> Entry:
+        return Entry("train.bench.adapters_peft:work", {**shape, **own}, TORCH)
+
+    found = {"no adapter": ours(methods=[])}
     for method in METHODS:
-        found[ONE.format(method)] = (ours, {"methods": [method]})
-        found[MANY.format(method)] = (ours, {"methods": [method], "adapters": count})
-    found[MIXED.format(" and ".join(METHODS))] = (ours, {"methods": list(METHODS), "adapters": count})
-    found[ONE.format(PEFT)] = (theirs, {"adapters": 1})
-    found[MANY.format(PEFT)] = (theirs, {"adapters": count})
+        found[ONE.format(method)] = ours(methods=[method])
+        found[MANY.format(method)] = ours(methods=[method], adapters=count)
+    found[MIXED.format(" and ".join(METHODS))] = ours(methods=list(METHODS), adapters=count)
+    found[ONE.format(PEFT)] = theirs(adapters=1)
+    found[MANY.format(PEFT)] = theirs(adapters=count)
     return found
 
 
@@ -63,17 +69,18 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
     if problems:
         raise ConfigError(problems, "bench adapters")
     check(options.model, "bench adapters", METHODS)
-    wanted, notes = entries(options.adapters), []
+    notes = []
     if missing := [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]:
-        wanted = {name: entry for name, entry in wanted.items() if PEFT not in name}
         notes.append(f"left out: {PEFT}: {', '.join(missing)} not installed (pip install 'jaxpeft[parity]')")
         console.print(notes[0], markup=False)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder = str(Path(scratch) / "model")
         models.save(folder, models.pretrained(options.model), dtype="float32")
         shape = {"folder": folder, "rows": options.adapters, "prompt": options.prompt, "new": options.new}
-        wanted = {name: (entry, {**shape, **own}) for name, (entry, own) in wanted.items()}
-        workers = started(stack, wanted, console, {"TF_CPP_MIN_LOG_LEVEL": "3"})
+        wanted = {
+            name: entry for name, entry in entries(options.adapters, shape).items() if not (missing and PEFT in name)
+        }
+        workers = started(stack, wanted, console)
         answers = rounds(workers, options.rounds)
     rows = [_row(worker.name, worker.facts, answers, shape) for worker in workers]
     known = {row["name"]: row for row in rows}

@@ -13,7 +13,7 @@ from rich.console import Console
 from train.bench import movement
 from train.bench.figures import Column, Figures
 from train.bench.specs import LORA, MOS, SPECS, check, random_values
-from train.bench.workers import Work
+from train.bench.workers import Entry, Work
 
 ROWS = (LORA, MOS, "full fine-tuning")
 COLUMNS = (Column("blocking_seconds", "blocking s", ".3f"), Column("disk_megabytes", "MB on disk", ",.1f"))
@@ -23,7 +23,7 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
     """Times `jaxpeft.checkpoint.Checkpoints` with an adapter and its AdamW state."""
     check(options.model, "bench checkpoint", [row for row in ROWS if row in SPECS])
     with tempfile.TemporaryDirectory() as kept:
-        entries: dict[str, tuple[str, dict[str, str]]] = {}
+        entries: dict[str, Entry] = {}
         plain = {}
         for number, row in enumerate(ROWS):
             for what, name in (
@@ -32,7 +32,7 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
                 ("restored", f"{row}, read"),
             ):
                 arguments = {"model": options.model, "row": row, "folder": f"{kept}/{what}{number}"}
-                entries[name] = (f"train.bench.checkpoint:{what}", arguments)
+                entries[name] = Entry(f"train.bench.checkpoint:{what}", arguments)
                 if what != "plain":
                     plain[name] = f"{row}, its bytes"
         title = f"Checkpoints of adapters of {options.model} with their AdamW state, float32"

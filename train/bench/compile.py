@@ -18,7 +18,7 @@ from train.bench import step_jax, step_jaxpeft
 from train.bench.figures import Column, Figures, ratio, spread
 from train.bench.specs import LORA, MOS, SPECS, decoder, misfit
 from train.bench.step import busy, too_small
-from train.bench.workers import Work, rounds, started
+from train.bench.workers import Entry, Work, rounds, started
 from train.config import ConfigError
 
 COLUMNS = (
@@ -51,13 +51,14 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
         wanted = {f"{name}, {depth} layers": (name, depth) for name in names for depth in numbers}
         size = {"batch": options.batch, "length": options.length}
         entries = {
-            title: (
+            title: Entry(
                 "train.bench.compile:compiling",
                 {"config": dataclasses.asdict(_deep(model.config, depth)), "spec": SPECS[name].to_dict(), **size},
+                environment,
             )
             for title, (name, depth) in wanted.items()
         }
-        workers = started(stack, entries, console, environment)
+        workers = started(stack, entries, console)
         found = rounds(workers, options.rounds)
     made = []
     for worker in workers:

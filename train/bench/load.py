@@ -3,7 +3,6 @@
 import argparse
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.console import Console
 from train.bench import movement
 from train.bench.figures import Figures
 from train.bench.specs import MOS, SPECS, check, random_values
-from train.bench.workers import Work
+from train.bench.workers import Entry, Work
 
 NOTES = (
     "moved: the bytes of the files; plain: the same files, each read into memory as it is",
@@ -23,8 +22,6 @@ GGUF_NOTE = (
     "GGUF: its checksum is verified each time; the first load also writes its values as float32 safetensors, the later "
     "ones read those"
 )
-
-Entry = tuple[str, Mapping[str, Any]]
 
 
 def measure(options: argparse.Namespace, console: Console) -> Figures:
@@ -54,25 +51,25 @@ def entries(name: str, kept: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     plain: dict[str, str] = {}
 
     def add(what: str, path: Path, **ways: Entry) -> None:
-        found[f"{what}, its bytes"] = ("train.bench.load:plain", {"path": str(path)})
+        found[f"{what}, its bytes"] = Entry("train.bench.load:plain", {"path": str(path)})
         for way, entry in ways.items():
             row = f"{what}, {way.replace('_', ' ')}"
             found[row], plain[row] = entry, f"{what}, its bytes"
 
     def folder(dtype: str, to: str) -> Entry:
-        return "train.bench.load:folder", {"path": str(kept / dtype), "dtype": to}
+        return Entry("train.bench.load:folder", {"path": str(kept / dtype), "dtype": to})
 
     if name in gguf_models():
         from jaxpeft.models.pretrained import packaged_file
 
         path = packaged_file(name)
-        blocks = ("train.bench.load:gguf_blocks", {"name": name, "path": str(path)})
-        first = ("train.bench.load:gguf_first", {"name": name, "path": str(path), "cache": str(kept / "cache")})
+        blocks = Entry("train.bench.load:gguf_blocks", {"name": name, "path": str(path)})
+        first = Entry("train.bench.load:gguf_first", {"name": name, "path": str(path), "cache": str(kept / "cache")})
         add("GGUF", path, the_first_load=first, its_blocks_kept=blocks)
     add("float32 safetensors", kept / "float32", loaded=folder("float32", "float32"))
     bfloat16 = {"loaded": folder("bfloat16", "bfloat16"), "loaded_as_float32": folder("bfloat16", "float32")}
     add("bfloat16 safetensors", kept / "bfloat16", **bfloat16)
-    add(f"adapter ({MOS})", kept / "adapter", loaded=("train.bench.load:adapter", {"path": str(kept / "adapter")}))
+    add(f"adapter ({MOS})", kept / "adapter", loaded=Entry("train.bench.load:adapter", {"path": str(kept / "adapter")}))
     return found, plain
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from train.bench import movement
 from train.bench.figures import Figures
 from train.bench.specs import SPECS, check
-from train.bench.workers import Work
+from train.bench.workers import Entry, Work
 
 PLAIN = "plain copy of the adapted weights"
 ROWS = tuple(SPECS)
@@ -18,7 +18,7 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
     """Times `jaxpeft.merge` of one adapter of each kind, and a copy of the weights it changes."""
     check(options.model, "bench merge")
     work = "train.bench.merge:work"
-    entries = {name: (work, {"model": options.model, "row": name}) for name in (PLAIN, *ROWS)}
+    entries = {name: Entry(work, {"model": options.model, "row": name}) for name in (PLAIN, *ROWS)}
     title = f"Merging an adapter of all linear layers into {options.model}, float32"
     notes = (
         "moved: every adapted weight read and written, and the trained and constant arrays of the adapter read",

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from train.bench.figures import Column, Figures, ratio, spread
-from train.bench.workers import rounds, started
+from train.bench.workers import Entry, rounds, started
 
 COLUMNS = (
     Column("megabytes", "MB moved", ",.1f"),
@@ -29,7 +29,7 @@ NOTES = (
 def measure(
     name: str,
     title: str,
-    entries: Mapping[str, tuple[str, Mapping[str, Any]]],
+    entries: Mapping[str, Entry],
     plain: Mapping[str, str],
     count: int,
     console: Console,
@@ -41,7 +41,7 @@ def measure(
     Args:
       name: of the benchmark.
       title: what it measures.
-      entries: {row: (``module:function``, its arguments)}. The function's `Work` has the fact ``bytes``, read and
+      entries: {row: what it runs}. The function's `Work` has the fact ``bytes``, read and
         written together, and may have more, which become part of the row, as do the medians of what it returns: a dict
         of numbers, or nothing.
       plain: {row: the row that it is compared with}; a row that only moves bytes is not in it.

@@ -20,7 +20,7 @@ from jaxpeft import models
 from jaxpeft.spec import nearest
 from train.bench.figures import Column, Figures, ratio, spread
 from train.bench.specs import LORA, MOS, SPECS, decoder, misfit
-from train.bench.workers import peak_mib, rounds, started
+from train.bench.workers import TORCH, Entry, peak_mib, rounds, started
 from train.config import ConfigError
 from train.run import RunError
 
@@ -93,11 +93,16 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
             "JAX_ENABLE_COMPILATION_CACHE": "false",
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "inductor"),
-            # Threads of OpenMP that spin for one that has to wait for a core take seconds for milliseconds of work.
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         }
-        entries = {name: (f"train.bench.{row.entry}", {**arguments, **row.arguments}) for name, row in asked.items()}
-        workers = started(stack, entries, console, environment)
+        entries = {
+            name: Entry(
+                f"train.bench.{row.entry}",
+                {**arguments, **row.arguments},
+                {**environment, **(TORCH if "torch" in row.needs else {})},
+            )
+            for name, row in asked.items()
+        }
+        workers = started(stack, entries, console)
         check_losses({worker.name: worker.facts["first_loss"] for worker in workers})
         found = rounds(workers, options.rounds)
     tokens = options.batch * options.length

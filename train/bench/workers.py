@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -37,30 +37,51 @@ class Work:
     steady: bool = False
 
 
+class Entry(NamedTuple):
+    """What a worker runs.
+
+    Attributes:
+      function: ``module:function``, which takes `arguments` and returns `Work`.
+      arguments: by name, JSON-able.
+      environment: variables on top of this process's own.
+    """
+
+    function: str
+    arguments: Mapping[str, Any]
+    environment: Mapping[str, str] = {}
+
+
+TORCH = {
+    # Threads of OpenMP that spin for one that has to wait for a core take seconds for milliseconds of work.
+    "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+    # Torch keeps what it frees; with the large pages of `train.pages` its steps took 3 % longer.
+    "GLIBC_TUNABLES": "",
+}
+"""The variables under which torch is fastest."""
+
+
 class Worker:
     """A process that has prepared one thing and does it when asked.
 
     Args:
       name: for messages.
-      entry: ``module:function``, which takes `arguments` and returns `Work`.
-      arguments: JSON-able.
-      environment: variables on top of this process's own.
+      entry: what it runs.
 
     Raises:
       RunError: it could not be prepared; with the last lines that the process wrote.
     """
 
-    def __init__(self, name: str, entry: str, arguments: Mapping[str, Any], environment: Mapping[str, str] = {}):
+    def __init__(self, name: str, entry: Entry):
         self.name = name
         root = str(Path(__file__).parents[2])
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "train.bench.workers", entry, json.dumps(arguments)],
+            [sys.executable, "-m", "train.bench.workers", entry.function, json.dumps(entry.arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONPATH": paths, **environment},
+            env={**os.environ, "PYTHONPATH": paths, **entry.environment},
         )
         self.facts: dict[str, Any] = self._answer()
 
@@ -108,17 +129,12 @@ def rounds(workers: Sequence[Worker], count: int) -> dict[str, list[dict[str, An
     return found
 
 
-def started(
-    stack: ExitStack,
-    entries: Mapping[str, tuple[str, Mapping[str, Any]]],
-    console: Console,
-    environment: Mapping[str, str] = {},
-) -> list[Worker]:
-    """A worker for every {name: (entry, arguments)}, one after the other, that ends with `stack`."""
+def started(stack: ExitStack, entries: Mapping[str, Entry], console: Console) -> list[Worker]:
+    """A worker for every {name: entry}, one after the other, that ends with `stack`."""
     workers = []
-    for name, (entry, arguments) in entries.items():
+    for name, entry in entries.items():
         console.print(f"preparing {name} …", highlight=False, markup=False)
-        workers.append(stack.enter_context(Worker(name, entry, arguments, environment)))
+        workers.append(stack.enter_context(Worker(name, entry)))
     return workers
 
 
