@@ -53,7 +53,11 @@ class Circulant(Update):
     def delta_matmul(self, x: Array) -> Array:  # noqa: D102
         n, (rows, columns) = self.c.shape[-1], self._block
         blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, rows)
-        spectrum = jnp.einsum("...pf,pqf->...qf", jnp.fft.rfft(blocks, n=n), jnp.fft.rfft(self.c))
+        x_hat, c_hat = jnp.fft.rfft(blocks, n=n), jnp.fft.rfft(self.c)
+        if self.c.shape[-3] == 1:  # A product of numbers, which XLA would do as one matrix product a frequency.
+            spectrum = x_hat * c_hat[0]
+        else:
+            spectrum = jnp.einsum("...pf,pqf->...qf", x_hat, c_hat)
         y = jnp.fft.irfft(spectrum, n=n)[..., :columns]
         return y.reshape(*x.shape[:-1], self.out_dim).astype(x.dtype)
 
