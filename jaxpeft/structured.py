@@ -54,10 +54,9 @@ class Circulant(Update):
         n, (rows, columns) = self.c.shape[-1], self._block
         blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, rows)
         x_hat, c_hat = jnp.fft.rfft(blocks, n=n), jnp.fft.rfft(self.c)
-        if self.c.shape[-3] == 1:  # A product of numbers, which XLA would do as one matrix product a frequency.
-            spectrum = x_hat * c_hat[0]
-        else:
-            spectrum = jnp.einsum("...pf,pqf->...qf", x_hat, c_hat)
+        # Of one block it is a product of numbers, of which XLA would make a matrix product a frequency.
+        one = self.c.shape[-3] == 1
+        spectrum = x_hat * c_hat[0] if one else jnp.einsum("...pf,pqf->...qf", x_hat, c_hat)
         y = jnp.fft.irfft(spectrum, n=n)[..., :columns]
         return y.reshape(*x.shape[:-1], self.out_dim).astype(x.dtype)
 

@@ -1,9 +1,11 @@
 """The product with a thin factor, in the order of operands that suits its gradient."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
@@ -27,38 +29,46 @@ def times(hidden: Array, factor: Array) -> Array:
         return _product(
             hidden, factor
         )  # On explicit and manual axes gradients are told where they lie, by JAX's rules.
-    return _times.bind(hidden, factor)
+    return _times.bind(hidden, factor, shared=0)
 
 
-def _dot(left: Array, right: Array, left_axes: Any, right_axes: Any) -> Array:
-    return jax.lax.dot_general(left, right, ((left_axes, right_axes), ((), ())))
+def _dot(left: Array, right: Array, left_axes: Any, right_axes: Any, shared: int = 0) -> Array:
+    both = tuple(range(shared))
+    return jax.lax.dot_general(left, right, ((left_axes, right_axes), (both, both)))
 
 
-def _product(hidden: Array, factor: Array) -> Array:
-    return _dot(hidden, factor, (hidden.ndim - 1,), (0,))
+def _product(hidden: Array, factor: Array, *, shared: int = 0) -> Array:
+    """Of hidden (*S, ..., r) and a factor (*S, r, out), whose first `shared` axes S they have in common."""
+    return _dot(hidden, factor, (hidden.ndim - 1,), (shared,), shared)
 
 
-def _abstract(hidden: Any, factor: Any) -> Any:
-    return jax.make_jaxpr(_product)(hidden, factor).out_avals[0]
+def _abstract(hidden: Any, factor: Any, *, shared: int) -> Any:
+    return jax.make_jaxpr(partial(_product, shared=shared))(hidden, factor).out_avals[0]
 
 
-def _of_hidden(cotangent: Array, hidden: Any, factor: Array) -> Array:
+def _of_hidden(cotangent: Array, hidden: Any, factor: Array, *, shared: int) -> Array:
     del hidden
-    return _dot(cotangent, factor, (cotangent.ndim - 1,), (1,))
+    return _dot(cotangent, factor, (cotangent.ndim - 1,), (shared + 1,), shared)
 
 
-def _of_factor(cotangent: Array, hidden: Array, factor: Any) -> Array:
+def _of_factor(cotangent: Array, hidden: Array, factor: Any, *, shared: int) -> Array:
     del factor
-    tokens = tuple(range(hidden.ndim - 1))
-    return _dot(hidden, cotangent, tokens, tokens)
+    tokens = tuple(range(shared, hidden.ndim - 1))
+    return _dot(hidden, cotangent, tokens, tokens, shared)
 
 
-def _batched(operands: Any, axes: Any) -> tuple[Array, int]:
-    return jax.vmap(_product, in_axes=tuple(axes))(*operands), 0
+def _batched(operands: Any, axes: Any, *, shared: int) -> tuple[Array, int]:
+    (hidden, factor), (of_hidden, of_factor) = operands, axes
+    if of_factor is None:  # One axis more of tokens.
+        return _times.bind(jnp.moveaxis(hidden, of_hidden, shared), factor, shared=shared), shared
+    if of_hidden is None:
+        return jax.vmap(partial(_product, shared=shared), in_axes=axes)(hidden, factor), 0
+    hidden, factor = jnp.moveaxis(hidden, of_hidden, 0), jnp.moveaxis(factor, of_factor, 0)
+    return _times.bind(hidden, factor, shared=shared + 1), 0
 
 
 _times = jex.Primitive("thin_product")
-_times.def_impl(jax.jit(_product))
+_times.def_impl(jax.jit(_product, static_argnames="shared"))
 _times.def_abstract_eval(_abstract)
 ad.defbilinear(_times, _of_hidden, _of_factor)
 batching.primitive_batchers[_times] = _batched

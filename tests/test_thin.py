@@ -40,6 +40,13 @@ TRANSFORMED = {
     "vmap of both": lambda product: jax.vmap(gradient(product), in_axes=(1, 0))(
         jnp.stack([HIDDEN, HIDDEN], axis=1), jnp.stack([FACTOR, 2 * FACTOR])
     ),
+    "vmap of all, twice": lambda product: jax.vmap(jax.vmap(gradient(product)))(
+        jnp.stack([HIDDEN, -HIDDEN])[:, :, None], jnp.arange(8.0)[:, None, None].reshape(2, 4, 1, 1) * FACTOR
+    ),
+    "vmap of both, then of one": lambda product: jax.vmap(jax.vmap(gradient(product)), in_axes=(0, None))(
+        jnp.stack([HIDDEN, -HIDDEN]), jnp.stack([FACTOR, 2 * FACTOR, 3 * FACTOR, 4 * FACTOR])
+    ),
+    "gradient of vmap": lambda product: gradient(jax.vmap(product))(HIDDEN, jnp.stack([FACTOR] * 4)),
     "remat": lambda product: jax.grad(jax.checkpoint(loss(product)), argnums=(0, 1))(HIDDEN, FACTOR),
     "transpose": lambda product: jax.linear_transpose(lambda hidden: product(hidden, FACTOR), HIDDEN)(
         jnp.ones((4, 5, 8))
@@ -62,6 +69,13 @@ def test_the_large_operand_is_not_transposed() -> None:
     text = jax.jit(jax.grad(loss(thin.times), argnums=1)).lower(hidden, factor).compile().as_text()
     assert "f32[256,96]" in text
     assert "f32[96,256]" not in text
+
+
+def test_nor_where_every_row_has_its_own_factor() -> None:
+    hidden, factor = jnp.ones((8, 256, 4)), jnp.ones((8, 4, 96))
+    text = jax.jit(jax.grad(loss(jax.vmap(thin.times)), argnums=1)).lower(hidden, factor).compile().as_text()
+    assert "f32[8,256,96]" in text
+    assert "f32[8,96,256]" not in text
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
