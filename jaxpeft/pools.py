@@ -47,7 +47,7 @@ def gather(pool: Array, index: Array) -> Array:
     """Rows of a pool for every layer, pool (N, width), index (L, n) with no row repeated in a layer -> (L, n, width).
 
     The backward adds one layer after the other. Within a layer no row repeats, so each scatter is free of collisions:
-    it is deterministic on every backend, and on a CPU it costs 0.6-0.8 of the plain scatter-add and a fifth of a
+    it is deterministic on every backend, and on a CPU it costs 0.6-1 of the plain scatter-add and a fifth of a
     one-hot product (docs/decisions/0003-pool-gather.md).
     """
     return _gather(pool.shape[0], pool, index)

@@ -21,6 +21,7 @@ from jaxpeft.models.pretrained import PackagedModel
 from train.__main__ import main
 from train.bench import checkpoint, load, merge, movement, specs, workers
 from train.bench.workers import Entry, Work, Worker, rounds
+from train.run import RunError
 
 LORA, MOS = specs.LORA, specs.MOS
 LAYERS, WIDTH = 15, 32
@@ -93,6 +94,21 @@ def filling(megabytes, log):
         return {"numbers": sum(map(len, kept))}
 
     return Work(run, {"bytes": megabytes * 2**20}, before=lambda: note("before"))
+
+
+def ending():
+    """Work that ends its process."""
+    return Work(lambda: sys.exit("no more"), {})
+
+
+def test_a_worker_that_is_gone(monkeypatch):
+    """It is named with what it said last, and asking again says the same."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    with Worker("w", Entry("test_bench_movement:ending", {})) as worker:
+        with pytest.raises(RunError, match=r"w: the process ended with 1:\nno more"):
+            worker.run()
+        with pytest.raises(RunError, match="w: the process ended with 1"):
+            worker.run()
 
 
 @needs_peaks

@@ -42,7 +42,7 @@ def decoder(name: str, origin: str) -> models.LanguageModel:
     except ValueError as error:
         raise ConfigError([f"--model: {error}"], origin) from None
     if not isinstance(model, models.LanguageModel):
-        raise ConfigError([f"--model: {name} is an encoder; the steps are those of decoders"], origin)
+        raise ConfigError([f"--model: {name} is an encoder; the benchmarks take decoders"], origin)
     return model
 
 

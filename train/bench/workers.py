@@ -1,5 +1,6 @@
 """Processes that each measure one thing, in turn: nothing is shared, and the peak memory is the thing's own."""
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -102,8 +103,9 @@ class Worker:
 
     def _ask(self, word: str) -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{word}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # It is gone, and `_answer` tells what it said last.
+            self.process.stdin.write(f"{word}\n")
+            self.process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
