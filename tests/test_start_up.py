@@ -4,10 +4,7 @@ import os
 import subprocess
 import sys
 
-import pytest
 import tiny
-
-from train import pages
 
 HEAVY = ("flax", "matplotlib", "optax", "orbax", "pydantic", "scipy.stats", "tensorstore", "torch", "transformers")
 
@@ -56,38 +53,3 @@ def test_a_command_keeps_what_it_compiled(tmp_path) -> None:
     assert python(*command, **own, **everything) == first
     assert (tmp_path / "own").is_dir()
     assert not (tmp_path / "other" / "compiled").exists()
-
-
-class TestLargePages:
-    @pytest.mark.parametrize(
-        ("given", "value"),
-        [
-            (None, "glibc.malloc.hugetlb=1"),
-            ("", "glibc.malloc.hugetlb=1"),
-            ("glibc.malloc.arena_max=1", "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"),
-            ("glibc.malloc.hugetlb=0", None),
-        ],
-    )
-    def test_asked_for_once(self, tmp_path, given, value) -> None:
-        (tmp_path / "enabled").write_text("always [madvise] never\n")
-        assert pages.wanted({} if given is None else {"GLIBC_TUNABLES": given}, tmp_path / "enabled") == value
-
-    @pytest.mark.parametrize("text", ["[always] madvise never", "always madvise [never]", None])
-    def test_not_where_the_system_decides(self, tmp_path, text) -> None:
-        if text is not None:
-            (tmp_path / "enabled").write_text(text)
-        assert pages.wanted({}, tmp_path / "enabled") is None
-
-    def test_a_program_begins_again_with_its_arguments(self, tmp_path) -> None:
-        (tmp_path / "enabled").write_text("always [madvise] never\n")
-        program = tmp_path / "program.py"
-        program.write_text(
-            "import os, pathlib, sys\nfrom train import pages\n"
-            "print('begun', os.environ.get('GLIBC_TUNABLES'), sys.flags.utf8_mode, *sys.argv[1:], flush=True)\n"
-            "pages.wanted.__defaults__ = (pathlib.Path(sys.argv[1]),)\npages.begin_again()\nprint('on')\n"
-        )
-        said = python("-X", "utf8", str(program), str(tmp_path / "enabled"), "a b", PYTHONPATH=os.getcwd())
-        begun = [line.split()[1:3] for line in said.splitlines() if line.startswith("begun")]
-        assert begun[-1] == ["glibc.malloc.hugetlb=1", "1"]
-        assert said.splitlines()[-2].endswith("a b")
-        assert said.endswith("on\n")

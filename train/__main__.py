@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from train import commands, pages
+from train import commands
 from train.bench import options as bench_options
 
 NOTES = """exit codes: 0 done; 1 something could not be used (said on stderr); 2 mistakes in the configuration or
@@ -256,7 +256,6 @@ def _unraisable(unraisable: Any) -> None:
 
 def _exit() -> None:
     """Runs the command, and leaves the other processes, if there are any, as `processes.leave` says."""
-    pages.begin_again()
     sys.unraisablehook = _unraisable
     try:
         code = main()

@@ -83,6 +83,8 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
     """
     asked, left_out = _checked(options)
     remarks = [*left_out, *busy()]
+    if tunables := os.environ.get("GLIBC_TUNABLES"):
+        remarks.append(f"GLIBC_TUNABLES={tunables} for all rows but torch's")
     for line in remarks:
         console.print(line, highlight=False, markup=False)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
