@@ -98,7 +98,8 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
     notes.append("every row of the batch reads its prompt, with its adapter's pools expanded first, and then writes")
     title = (
         f"{options.adapters} rows of {options.prompt} tokens, {options.new} new ones each, {options.model}, float32; "
-        f"medians of {options.rounds} rounds, each line in a process of its own, in turn"
+        f"medians of {options.rounds} rounds, each line in a process of its own, in turn, "
+        "after once that is not measured"
     )
     return Figures("adapters", title, COLUMNS, rows, "decode", notes)
 

@@ -112,7 +112,7 @@ def measure(options: argparse.Namespace, console: Console) -> Figures:
     return Figures(
         "step",
         f"A training step of {options.model}: {options.batch} x {options.length} tokens, float32, AdamW; median of "
-        f"{options.rounds} rounds, each row in a process of its own, in turn",
+        f"{options.rounds} rounds, each row in a process of its own, in turn, after a step that is not measured",
         COLUMNS,
         made,
         "median_seconds",

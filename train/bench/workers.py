@@ -29,7 +29,8 @@ class Work:
       run: does the thing once and waits for its result, which it may return if JSON can hold it.
       facts: what is known before, JSON-able.
       before: what each `run` needs done first; it is not measured.
-      steady: it is the body of a long loop, which finds the memory that the last turn freed.
+      steady: it is the body of a long loop, which finds caches and memory as its last turn left them; others ran since,
+        so each turn that is measured follows one that is not.
     """
 
     run: Callable[[], Any]
@@ -185,7 +186,9 @@ def _serve(entry: str, arguments: str) -> None:
     _say(work.facts)
     for _ in sys.stdin:
         work.before()
-        if not work.steady:
+        if work.steady:
+            work.run()
+        else:
             release()
         resident, start = resident_bytes(), time.perf_counter()
         result, peak = peak_bytes(work.run)
