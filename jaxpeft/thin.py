@@ -32,7 +32,7 @@ def times(hidden: Array, factor: Array) -> Array:
     return _times.bind(hidden, factor, shared=0)
 
 
-def _dot(left: Array, right: Array, left_axes: Any, right_axes: Any, shared: int = 0) -> Array:
+def _dot(left: Array, right: Array, left_axes: Any, right_axes: Any, shared: int) -> Array:
     both = tuple(range(shared))
     return jax.lax.dot_general(left, right, ((left_axes, right_axes), (both, both)))
 
