@@ -20,12 +20,24 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import jax  # noqa: E402, it reads the environment
 
+# Each compiled program takes memory maps, and beyond the 65,530 that Linux allows XLA crashes. Between files, as far as
+# it goes: what is compiled for one file's tests stays compiled, which some of them assert.
+MAPS_OF_A_FILE, MAPS_OF_A_TEST = 25_000, 50_000
 
-@pytest.fixture(autouse=True)
-def room_for_programs() -> Iterator[None]:
-    """Frees compiled programs in time: each takes memory maps, and beyond the 65,530 that Linux allows XLA crashes."""
-    yield
+
+def free_programs(allowed: int) -> None:
     maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_bytes().splitlines()) > 40_000:
+    if maps.exists() and len(maps.read_bytes().splitlines()) > allowed:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs() -> None:
+    free_programs(MAPS_OF_A_FILE)
+
+
+@pytest.fixture(autouse=True)
+def room_for_a_test() -> Iterator[None]:
+    yield
+    free_programs(MAPS_OF_A_TEST)

@@ -1,9 +1,11 @@
 """Several processes as one: how they find each other, and what happens when one of them is gone."""
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 
@@ -23,6 +25,8 @@ _GONE = (
     "heartbeat timeout",
     "tasks are unhealthy",
 )
+
+_GO_ON = "Checkpoints are complete up to the newest: start all processes again to go on from there"
 
 
 @contextmanager
@@ -46,6 +50,7 @@ def together(orderly: tuple[type[Exception], ...] = ()) -> Iterator[None]:
         process_id=int(number) if number else None,
         heartbeat_timeout_seconds=int(os.environ.get("JAXPEFT_HEARTBEAT_SECONDS", "60")),
     )
+    _explain_aborts()
     try:
         yield
     except orderly:
@@ -55,12 +60,40 @@ def together(orderly: tuple[type[Exception], ...] = ()) -> Iterator[None]:
         if not any(sign in str(error) for sign in _GONE):
             raise
         raise Lost(
-            f"process {jax.process_index()} of {jax.process_count()}: another process is gone, so this one stops "
-            f"({str(error).splitlines()[0][:200]}). Checkpoints are complete up to the newest: start all processes "
-            "again to go on from there"
+            f"{_who()}: another process is gone, so this one stops ({str(error).splitlines()[0][:200]}). {_GO_ON}"
         ) from error
     else:
         jax.distributed.shutdown()
+
+
+def _who() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+_kept: list[Any] = []  # What C++ calls, and Python would free.
+
+
+def _explain_aborts() -> None:
+    """Has this process, if C++ aborts it, first say what has happened.
+
+    Gloo, which carries the collectives of CPUs, raises in a thread of its own when only a part of a message has come
+    from a process that is gone. Nobody can catch that, and std::terminate ends the process.
+    """
+    if sys.platform != "linux" or _kept:
+        return
+    handler = ctypes.CFUNCTYPE(None)
+    set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
+    set_terminate.argtypes, set_terminate.restype = [handler], handler
+    who = _who()
+
+    @handler
+    def explain() -> None:
+        message = f"{who}: a connection to another process broke, most likely because that is gone, so this one stops"
+        os.write(2, f"{message}. {_GO_ON}. The connection's own words:\n".encode())
+        before()
+
+    before = set_terminate(explain)
+    _kept.append(explain)
 
 
 def leave(code: int) -> None:

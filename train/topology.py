@@ -37,7 +37,7 @@ _WITHOUT_TPU = {
 
 # A quarter of the time or less, for nearly the same program: the same products and collectives, the peak of memory
 # within a few percent. What is left out is mostly the placement of small arrays in VMEM.
-_QUICK = {"exec_time_optimization_effort": -1.0}
+_QUICK = {"optimization_level": 9}  # XLA's O0, by its number, which older versions of jax take too.
 
 # An H100 SXM as XLA asks a real one to describe itself, xla.gpu.GpuTargetConfigProto.
 _H100 = """
