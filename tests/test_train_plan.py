@@ -138,6 +138,14 @@ def test_a_tpu_slice(path):
     on_cpu = plan.plan(configuration.load(path, ["mesh.tensor=2"]), topology.cpu(4))
     assert found.argument_bytes == on_cpu.argument_bytes
     assert found.flops == pytest.approx(on_cpu.flops, rel=0.05)
+    full = plan.plan(configuration.load(path, ["mesh.tensor=2"]), topology.named("v5e:2x2"), effort="full")
+    assert (found.effort, full.effort) == ("quick", "full")
+    assert full.flops == found.flops
+    assert full.memory_bytes < 0.9 * found.memory_bytes  # The rest stays in VMEM.
+    assert found.overestimated
+    assert not full.overestimated
+    assert "--effort full tells it" in plan_text.page(found)
+    assert "--effort" not in plan_text.page(full)
 
 
 @needs_libtpu

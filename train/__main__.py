@@ -239,6 +239,13 @@ def _parser() -> argparse.ArgumentParser:
         help="v5e:4x4, v5p:2x2x2, v6e:4x4, cuda:1x1x8 (slices x hosts x GPUs), …; may be repeated (default v5e:4x4)",
     )
     plan.add_argument("--cpu", type=int, metavar="N", help="simulated devices of this machine instead")
+    plan.add_argument(
+        "--effort",
+        choices=("quick", "full"),
+        default="quick",
+        help="of a TPU's compiler. Full takes four times as long, and keeps in VMEM what a run keeps there: "
+        "quick counts too many bytes to memory (default %(default)s)",
+    )
     plan.add_argument("--methods", metavar="A,B", help="a table over these methods, at typical settings")
     plan.add_argument("--json", action="store_true", help="print the figures as JSON")
     report = command(

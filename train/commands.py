@@ -222,7 +222,7 @@ def plan(options: argparse.Namespace, console: Console) -> None:
         raise config.ConfigError([f"--topology: {error}"]) from None
     methods = [name.strip() for name in options.methods.split(",")] if options.methods else ()
     found = []
-    for one in plan.plans(parsed, machines, methods):
+    for one in plan.plans(parsed, machines, methods, effort=options.effort):
         found.append(one)
         if len(machines) * len(methods or "1") > 1:
             print(f"{one.topology} {one.method}: {one.compile_seconds:.0f} s", file=sys.stderr)

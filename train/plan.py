@@ -44,12 +44,13 @@ class Plan:
       argument_bytes: base, adapter, optimizer state and batch.
       temporary_bytes: activations and all else that a step makes.
       flops: of products, the bodies of loops as often as they run; nothing elementwise.
-      memory_bytes: to and from main memory, an upper bound (`train.costs`).
+      memory_bytes: to and from main memory, at quick effort an upper bound (`train.costs`).
       ici_bytes: sent to other devices.
       collectives: {kind: bytes} of `ici_bytes`.
       roofline_seconds: the largest of the three terms at the chip's published figures; None of a CPU.
       terms: {what: seconds}.
       compile_seconds: tracing and compiling.
+      effort: the compiler's, of `topology.EFFORTS`.
       buffers: the largest arrays.
       remedies: what was tried where it does not fit, and the peak with it.
       seen_on: where it does not fit, the devices with more memory that it was compiled for instead.
@@ -73,6 +74,7 @@ class Plan:
     roofline_seconds: float | None
     terms: dict[str, float]
     compile_seconds: float
+    effort: str
     buffers: tuple[Buffer, ...] = ()
     remedies: tuple[tuple[str, int | None, bool], ...] = ()
     seen_on: str = ""
@@ -81,6 +83,11 @@ class Plan:
     def bound(self) -> str:
         """The term that the roofline is bound by."""
         return max(self.terms, key=self.terms.__getitem__) if self.terms else ""
+
+    @property
+    def overestimated(self) -> bool:
+        """Whether the roofline rests on bytes to memory that a program of full effort would spare."""
+        return self.effort == "quick" and self.bound == "memory" and self.topology.partition(":")[0] in topology.SHAPES
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -94,19 +101,20 @@ class Plan:
         return dataclasses.asdict(self) | {"bound": self.bound, "tokens_per_second": self.tokens_per_second}
 
 
-def plan(config: Config, machine: Topology, *, remedies: bool = True) -> Plan:
+def plan(config: Config, machine: Topology, *, effort: str = "quick", remedies: bool = True) -> Plan:
     """Compiles one training step of a run for a machine.
 
     Args:
       config: the run; of its data only `max_length` counts, and no file is read but the model's config.json, and not
         even that for those in `jaxpeft.models.ARCHITECTURES`.
       machine: from `topology.named`.
-      remedies: whether, where it does not fit, changes are tried until it does.
+      effort: the compiler's, of `topology.EFFORTS`. Full takes minutes, and tells what goes through main memory.
+      remedies: whether, where it does not fit, changes are tried until it does, at quick effort.
 
     Raises:
       ConfigError: the mesh does not fit the machine, or the batch the mesh.
     """
-    step = _Step(config, machine)
+    step = _Step(config, machine, effort)
     try:
         program = step.compile()
     except OutOfMemory as error:
@@ -118,7 +126,9 @@ def plan(config: Config, machine: Topology, *, remedies: bool = True) -> Plan:
     return found
 
 
-def plans(config: Config, machines: Sequence[Topology], methods: Sequence[str]) -> Iterator[Plan]:
+def plans(
+    config: Config, machines: Sequence[Topology], methods: Sequence[str], *, effort: str = "quick"
+) -> Iterator[Plan]:
     """A plan for each machine and method; the configuration's own method is as configured, others are typical."""
     if unknown := [name for name in methods if name not in METHODS]:
         raise ConfigError([f"--methods: unknown method {name!r}; {nearest(name, METHODS)}" for name in unknown])
@@ -126,16 +136,16 @@ def plans(config: Config, machines: Sequence[Topology], methods: Sequence[str]) 
         for name in methods or (name_of(config.method),):
             spec = config.method if name == name_of(config.method) else TYPICAL[name]
             one = len(machines) == len(methods or "1") == 1
-            yield plan(dataclasses.replace(config, method=spec), machine, remedies=one)
+            yield plan(dataclasses.replace(config, method=spec), machine, effort=effort, remedies=one)
 
 
 class _Step:
     """The training step of a run on a machine's mesh, with the shapes of all that it takes."""
 
-    def __init__(self, config: Config, machine: Topology):
+    def __init__(self, config: Config, machine: Topology, effort: str = "quick"):
         sizes = devices.sizes(config.mesh, len(machine.devices))
         job.check_batch(config, sizes)
-        self.config, self.machine = config, machine
+        self.config, self.machine, self.effort = config, machine, effort
         self.mesh = topology.mesh(machine, sizes)
         self.subject = job.of_shapes(config, self.mesh)
         optimizer = optim.optimizer(config.optimizer, 1000, config.method)
@@ -148,7 +158,7 @@ class _Step:
 
     def compile(self) -> topology.Program:
         with jax.set_mesh(self.mesh):
-            return topology.compile(self.step.jitted, *self.arguments, topology=self.machine)
+            return topology.compile(self.step.jitted, *self.arguments, topology=self.machine, effort=self.effort)
 
     def describe(self, program: topology.Program) -> Plan:
         memory, text = program.compiled.memory_analysis(), program.compiled.as_text()
@@ -209,6 +219,7 @@ class _Step:
             trained=jaxpeft.count(self.subject.adapter),
             hbm_bytes=self.available,
             argument_bytes=arguments,
+            effort=self.effort,
             **figures,
         )
 
@@ -217,7 +228,7 @@ def _with_room(asked: _Step, error: OutOfMemory) -> Plan:
     """The plan of a step that does not fit, seen on as many devices with more memory."""
     needed = int(error.used)
     for roomy in _roomier(asked.machine):
-        step = _Step(asked.config, roomy)
+        step = _Step(asked.config, roomy, asked.effort)
         try:
             seen = step.describe(step.compile())
         except OutOfMemory as again:

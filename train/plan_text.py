@@ -57,6 +57,8 @@ def page(one: Plan) -> str:
     if one.terms:
         terms = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in one.terms.items())
         lines.append(("roofline", f"{_seconds(one.roofline_seconds)}, bound by {one.bound} ({terms})"))
+        if one.overestimated:
+            lines.append(("", "compiled quickly, which takes more to memory than a run does: --effort full tells it"))
         lines.append(("at best", f"{one.tokens_per_second:,.0f} tokens/s a device"))
     lines.append(("compiled in", f"{one.compile_seconds:.0f} s"))
     if one.seen_on:

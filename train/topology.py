@@ -35,9 +35,13 @@ _WITHOUT_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
-# A quarter of the time or less, for nearly the same program: the same products and collectives, the peak of memory
-# within a few percent. What is left out is mostly the placement of small arrays in VMEM.
-_QUICK = {"optimization_level": 9}  # XLA's O0, by its number, which older versions of jax take too.
+# What a TPU's compiler is asked for. Quick takes a quarter of the time or less, for nearly the same program: the same
+# products and collectives, the peak of memory within a few percent. What is left out is mostly the placement of arrays
+# in VMEM, so that more goes through main memory.
+EFFORTS = {
+    "quick": {"optimization_level": 9},
+    "full": None,
+}  # XLA's O0, by its number: older versions of jax take no name.
 
 # An H100 SXM as XLA asks a real one to describe itself, xla.gpu.GpuTargetConfigProto.
 _H100 = """
@@ -255,7 +259,7 @@ def _no_cache() -> Iterator[None]:
         jax.config.update(name, before)
 
 
-def compile(function: Callable, *args: Any, topology: Topology, quick: bool = True) -> Program:
+def compile(function: Callable, *args: Any, topology: Topology, effort: str = "quick") -> Program:
     """Compiles a jitted function for a topology.
 
     A GPU's compiler does not say that a program does not fit: compare `memory_analysis().peak_memory_in_bytes`.
@@ -264,7 +268,7 @@ def compile(function: Callable, *args: Any, topology: Topology, quick: bool = Tr
       function: what `jax.jit` returns.
       *args: trees of `jax.ShapeDtypeStruct` with shardings over a `mesh` of the topology.
       topology: which devices.
-      quick: less effort for a faster program, on TPUs.
+      effort: one of `EFFORTS`; only TPUs' compilers know the difference.
 
     Raises:
       OutOfMemory: on TPUs, a device has not enough.
@@ -273,7 +277,7 @@ def compile(function: Callable, *args: Any, topology: Topology, quick: bool = Tr
     lowered = function.trace(*args).lower(lowering_platforms=(topology.platform,))
     try:
         with contextlib.nullcontext() if topology.platform == "cpu" else _no_cache():
-            compiled = lowered.compile(compiler_options=_QUICK if quick and topology.platform == "tpu" else None)
+            compiled = lowered.compile(compiler_options=EFFORTS[effort] if topology.platform == "tpu" else None)
     except jax.errors.JaxRuntimeError as error:
         if (exhausted := OutOfMemory.parse(str(error))) is None:
             raise
