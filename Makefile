@@ -28,9 +28,9 @@ zoo: .venv-zoo/zoo  ## models of other libraries, adapted as they come; checks d
 	JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false" \
 	  .venv-zoo/bin/python tests/flax_zoo.py
 
-newest: .venv-newest/test  ## the library's tests on a newer Python, with the newest jax and flax it can have
+newest: .venv-newest/test  ## the tests of `make test` on a newer Python, with the newest jax and flax it can have
 	.venv-newest/bin/python -c "import sys, jax, flax; print('Python', sys.version.split()[0], 'jax', jax.__version__, 'flax', flax.__version__)"
-	.venv-newest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" --ignore-glob="tests/test_train*"
+	.venv-newest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 # Each stamp is one extra of pyproject.toml, installed into .venv.
 .venv/%: pyproject.toml
