@@ -19,6 +19,7 @@ from jax.sharding import Sharding
 
 from jaxpeft import sharding as placing
 from jaxpeft.adapter import Adapter, abstract
+from jaxpeft.files import check_free
 from jaxpeft.fingerprint import fingerprint
 from jaxpeft.methods import spec_from_dict
 from jaxpeft.sites import Sites, paths_and_leaves
@@ -57,16 +58,16 @@ def save(
         CheckpointError: it cannot be written, for instance because the disk is full.
     """
     path = Path(path).absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if not overwrite:
-            raise FileExistsError(f"{path} holds something already; choose another folder or pass overwrite=True")
-        with Checkpoints(path) as old:
-            if old.latest() is None:
-                raise FileExistsError(f"{path} holds files that are no adapter; choose another folder")
+    check_free(path, overwrite, "adapter", _holds_steps)
     with Checkpoints(path, keep=1, asynchronous=False) as checkpoints:
         newest = checkpoints.latest()
         step = 0 if newest is None else newest + 1
         checkpoints.save(step, adapter, base=base, base_fingerprint=base_fingerprint, extra=extra)
+
+
+def _holds_steps(path: Path) -> bool:
+    with Checkpoints(path) as old:
+        return old.latest() is not None
 
 
 def load(path: str | Path, *, base: Any = None, sharding: Sharding | None = None, shardings: Any = None) -> Adapter:

@@ -1,9 +1,29 @@
 """How does a file or a folder appear whole, or not at all?"""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def check_free(path: Path, overwrite: bool, kind: str, is_one: Callable[[Path], bool]) -> None:
+    """Makes sure that a folder can be written.
+
+    Args:
+      path: of the folder.
+      overwrite: whether it may take the place of one of the same kind.
+      kind: what is to be written, for instance "model".
+      is_one: whether a folder holds one.
+
+    Raises:
+      FileExistsError: it holds something that may not be replaced.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} holds something already; choose another folder or pass overwrite=True")
+    if not is_one(path):
+        raise FileExistsError(f"{path} holds files that are no {kind}; choose another folder")
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def to_peft(
         4
     """
     folder = Path(folder).absolute()
-    files.check_target(folder, overwrite)
+    files.check_free(folder, overwrite)
     convert.check_size(rank, energy)
     kind = _dtype(dtype)
     leaves = None if base is None else flatten(base)

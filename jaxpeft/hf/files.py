@@ -7,27 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.files import whole
+from jaxpeft import files
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 _PICKLED = "adapter_model.bin"
 
 
-def check_target(folder: Path, overwrite: bool) -> None:
-    """Raises FileExistsError if the folder holds something that may not be replaced."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder / CONFIG).is_file():
-        raise FileExistsError(f"{folder} holds files that are no PEFT adapter; choose another folder")
-    if not overwrite:
-        raise FileExistsError(f"{folder} holds an adapter already; choose another folder or pass overwrite=True")
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raises FileExistsError unless a PEFT adapter can be written there."""
+    files.check_free(folder, overwrite, "PEFT adapter", lambda path: (path / CONFIG).is_file())
 
 
 def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], card: str) -> None:
     """Writes the three files; the folder appears whole or not at all."""
     from safetensors.numpy import save_file
 
-    with whole(folder, replace=True) as made:
+    with files.whole(folder, replace=True) as made:
         made.mkdir()
         # save_file writes the buffer as it lies, so it must lie in order.
         ordered = {name: np.ascontiguousarray(array) for name, array in tensors.items()}

@@ -13,10 +13,9 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxpeft import sharding
+from jaxpeft import files, sharding
 from jaxpeft.adapter import Adapter
 from jaxpeft.blocks import Quantized, dequantized, is_quantized
-from jaxpeft.files import whole
 from jaxpeft.layout import from_matrix
 from jaxpeft.merge import changed, merged_matrix
 from jaxpeft.models import shards
@@ -87,7 +86,7 @@ def save(
     _check_params(leaves, model.config, dequantize)
     config = _config(model, dtype)
     tensors = _tensors(leaves, changed(model.params, [] if adapter is None else adapter), dtype)
-    with whole(folder, replace=True) as partial_folder:
+    with files.whole(folder, replace=True) as partial_folder:
         partial_folder.mkdir()
         _write_json(partial_folder / "config.json", config)
         if model.generation_config:
@@ -99,12 +98,7 @@ def save(
 
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raises FileExistsError unless a model can be written there."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} holds something already; choose another folder or pass overwrite=True")
-    if not (folder / "config.json").exists():
-        raise FileExistsError(f"{folder} holds files that are no model; choose another folder")
+    files.check_free(folder, overwrite, "model", lambda path: (path / "config.json").is_file())
 
 
 def _check_params(leaves: Mapping[str, Any], config: Config, dequantize: bool) -> None:
