@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -17,8 +18,9 @@ import numpy as np
 import openai
 import pytest
 import tiny
-import uvicorn
+import tokenizers
 from moved import moved
+from transformers import PreTrainedTokenizerFast
 
 import jaxpeft
 from jaxpeft import models
@@ -32,6 +34,7 @@ from train.template import Template
 from train.text import Text
 
 KEY = "secret"
+BEARER = {"Authorization": f"Bearer {KEY}"}
 MOS = mos.Spec(rank=3, equivalent_rank=2, private_rank=1, shards_per_vector=2)
 SPECS = {"red": lora.Spec(rank=2), "blue": lora.Spec(rank=2, rslora=True), "green": MOS, "thin": ia3.Spec()}
 RUN = """
@@ -231,9 +234,9 @@ def test_cancelled_requests_free_their_rows(engine, alone):
 
 def test_a_failure_ends_what_runs_and_nothing_else(model, adapters, capsys, alone):
     engine = Engine(model, rows=2, max_length=LONGEST, max_queue=2)
-    for _ in range(2):
+    for _ in range(4):  # Two have rows to go to, and two wait.
         engine.submit(Request(tokens=np.array([7]), max_tokens=5), Heard())
-    with pytest.raises(QueueFull, match="2 requests wait already"):
+    with pytest.raises(QueueFull, match="4 requests wait already"):
         engine.submit(Request(tokens=np.array([7]), max_tokens=5), Heard())
     finish(engine)
     broken = jaxpeft.init(jax.random.key(0), lora.Spec(rank=2), jaxpeft.find({"up": {"kernel": jnp.ones((3, 4))}}))
@@ -321,9 +324,7 @@ class Running:
     def __init__(self, service, grace=5):
         self.address = serve.bound("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.address.getsockname()[1]}"
-        # "wsproto" is not installed, and the websockets that uvicorn else looks for warn of themselves.
-        config = uvicorn.Config(serve.app(service), log_level="warning", ws="none", timeout_graceful_shutdown=grace)
-        self.server = uvicorn.Server(config)
+        self.server = serve.Server(service, grace)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.address]})
         self.service = service
 
@@ -469,7 +470,7 @@ def test_adapters_come_change_and_go(folder, client, running, adapters, model, a
         assert answer("late") == answer("red") != answer("green")
         changed = moved(adapters["red"], 0.5, 7)
         jaxpeft.save(folder / "adapters" / "late", changed, base=model.params, overwrite=True)
-        reloaded = httpx.post(f"{running.url}/v1/adapters/reload", headers={"Authorization": f"Bearer {KEY}"}).json()
+        reloaded = httpx.post(f"{running.url}/v1/adapters/reload", headers=BEARER).json()
         assert "late" in reloaded["adapters"]
         assert "strange" in reloaded["refused"]
         assert answer("late") == said(model, alone, "new", changed, 8)[0] != answer("red")
@@ -479,6 +480,61 @@ def test_adapters_come_change_and_go(folder, client, running, adapters, model, a
     with pytest.raises(openai.NotFoundError):
         answer("late")
     assert running.service.engine.traces.total() == before
+
+
+def test_odd_folders_disturb_no_one(folder, client, model):
+    """One that loops, and one that goes while it is looked at."""
+    odd, going = folder / "adapters" / "odd", folder / "adapters" / "going"
+    over = threading.Event()
+
+    def comes_and_goes():
+        while not over.is_set():
+            shutil.copytree(folder / "adapters" / "red", going)
+            shutil.rmtree(going)
+
+    thread = threading.Thread(target=comes_and_goes)
+    odd.mkdir()
+    try:
+        (odd / "loop").symlink_to("loop")
+        thread.start()
+        for _ in range(100):
+            names = [one.id for one in client.models.list()]
+            assert {"red", "blue"} <= {*names}
+            assert "odd" not in names
+    finally:
+        over.set()
+        thread.join()
+        shutil.rmtree(odd)
+
+
+def test_a_text_goes_on_from_its_prompt():
+    """Tokens of SentencePiece begin with their space, which a tokenizer leaves out at the start of a text."""
+    characters = {name: number for number, name in enumerate(["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))])}
+    vocabulary = characters | {word: 257 + number for number, word in enumerate(["▁a", "a", "日"])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    made.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    word = vocabulary["▁a"]
+    assert Text(tokenizer).add([word, word]) == "a a"
+    assert Text(tokenizer, after=[word] * 20).add([word, word]) == " a a"
+    # Bytes that are no character spoil none before them, however they are cut.
+    emoji = [vocabulary[f"<0x{byte:02X}>"] for byte in "🙂é🙂".encode()]
+    tokens = [*emoji[:-2], vocabulary["a"], vocabulary["日"]]
+    said = set()
+    for size in (1, 2, 3, len(tokens)):
+        text = Text(tokenizer)
+        pieces = [text.add(tokens[at : at + size]) for at in range(0, len(tokens), size)]
+        said.add("".join([*pieces, text.end()]))
+    (only,) = said
+    assert only.startswith("🙂é\N{REPLACEMENT CHARACTER}")
+    assert only.endswith("a日")
 
 
 def test_a_run_reads_conversations_as_it_was_trained_to(folder, client, model, adapters, alone):
@@ -508,6 +564,7 @@ def test_a_run_reads_conversations_as_it_was_trained_to(folder, client, model, a
         ({"prompt": ""}, openai.BadRequestError, "the prompt is empty"),
         ({"prompt": [1, 5000]}, openai.BadRequestError, "token 5000 is not of 0 to"),
         ({"prompt": ["a", "b"]}, openai.BadRequestError, "found 2 prompts; one a request"),
+        ({"logprobs": 0}, openai.BadRequestError, "logprobs=0: no value other than False"),
         ({"n": 2}, openai.BadRequestError, "n=2: no value other than 1 is supported"),
         ({"echo": True}, openai.BadRequestError, "echo=True: no value other than False"),
         ({"temperature": 3.0}, openai.BadRequestError, "temperature: Input should be less than or equal to 2"),
@@ -531,10 +588,33 @@ def test_a_conversation_of_unknown_roles(client):
         client.chat.completions.create(model="red", messages=[{"role": "tool", "content": "a"}])
 
 
+def test_half_of_a_character(running):
+    """Which JSON can spell, but OpenAI's client does not."""
+    body = b'{"model": "red", "prompt": "a\\ud800"}'
+    answer = httpx.post(
+        f"{running.url}/v1/completions", content=body, headers=BEARER | {"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert r"half of a character, '\ud800'" in answer.json()["error"]["message"]
+
+
+def test_a_conversation_with_calls_of_tools(client):
+    asked = {"role": "assistant", "content": "a", "refusal": None, "tool_calls": None}
+    client.chat.completions.create(model="red", messages=[asked], max_tokens=1)
+    asked["tool_calls"] = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}]
+    with pytest.raises(openai.BadRequestError, match=r"messages.0.tool_calls: not supported"):
+        client.chat.completions.create(model="red", messages=[asked], max_tokens=1)
+
+
 def test_keys(running):
     with running.client("wrong") as client, pytest.raises(openai.AuthenticationError, match="missing or wrong"):
         client.models.list()
-    for headers in ({}, {b"Authorization": b"Bearer s\xe9c"}, {"Authorization": f"Basic {KEY}"}):
+    for headers in (
+        {},
+        {b"Authorization": b"Bearer s\xe9c"},
+        {"Authorization": f"Basic {KEY}"},
+        {"Authorization": KEY},
+    ):
         assert httpx.get(f"{running.url}/v1/models", headers=headers).status_code == 401
     assert httpx.get(f"{running.url}/v1/nothing").json()["error"]["message"] == "GET /v1/nothing: Not Found"
 
@@ -550,6 +630,25 @@ def test_health_and_metrics(running, client):
     assert float(figures["jaxpeft_adapters"]) == len(SPECS)
     assert float(figures["jaxpeft_rows"]) == 4
     assert float(figures["jaxpeft_queue_length"]) == float(figures["jaxpeft_rows_in_use"]) == 0
+    # One series for all names and paths that there are not.
+    for name in ("none", "no/such", "x" * 1000):
+        assert httpx.get(f"{running.url}/v1/models/{name}", headers=BEARER).status_code == 404
+        assert httpx.get(f"{running.url}/{name}").status_code == 404
+    shown = httpx.get(f"{running.url}/metrics").text
+    assert 'jaxpeft_requests_total{path="/v1/models/{name:path}",status="404"} 3.0' in shown
+    assert "no/such" not in shown
+
+
+def test_a_failure_of_the_server_has_its_form(running, monkeypatch):
+    def fails(*_):
+        raise KeyError("x")
+
+    monkeypatch.setattr(running.service.residents, "scan", fails)
+    answer = httpx.get(f"{running.url}/v1/models", headers=BEARER)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "the server failed; KeyError"
+    counted = 'jaxpeft_requests_total{path="/v1/models",status="500"} 1.0'
+    wait_for(lambda: counted in httpx.get(f"{running.url}/metrics").text)
 
 
 class Slow(Engine):
@@ -592,28 +691,32 @@ def test_a_full_queue_and_a_timeout(slow):
         status = sorted(error.status_code for error in found)
         assert set(status) == {429, 504}
         assert "no answer within 2 seconds" in str([error for error in found if error.status_code == 504])
-        assert "1 requests wait already" in str([error for error in found if error.status_code == 429])
+        assert "requests wait already" in str([error for error in found if error.status_code == 429])
         wait_for(lambda: running.service.engine.busy == 0)
         # A stream has begun when the time is over: the error is its last event.
         with running.client() as client, pytest.raises(openai.APIError, match="no answer within"):
             list(client.completions.create(model="tiny", prompt="a", max_tokens=50, stream=True))
 
 
-def test_what_does_not_end_in_time_is_cut_off(slow, capsys):
-    body = {"model": "tiny", "prompt": "a", "max_tokens": 50, "stream": True}
-    with slow(grace=1, api_keys=[]) as running, httpx.Client(timeout=60) as client:
-        with client.stream("POST", f"{running.url}/v1/completions", json=body) as response:
+def test_what_does_not_end_in_time_is_told_so(slow, capsys):
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 50}
+    with slow(grace=1, api_keys=[]) as running, httpx.Client(timeout=60) as client, ThreadPoolExecutor() as threads:
+        url = f"{running.url}/v1/completions"
+        with client.stream("POST", url, json=body | {"stream": True}) as response:
             pieces = response.iter_text()
             next(pieces)
+            waits = threads.submit(httpx.post, url, json=body, timeout=60)
+            wait_for(lambda: running.service.engine.waiting == 1)
             began = time.monotonic()
             running.server.should_exit = True
-            with pytest.raises(httpx.RemoteProtocolError):
-                list(pieces)
+            assert '"code": "shutting_down"' in list(pieces)[-1]
+        assert waits.result().status_code == 503
+        assert waits.result().json()["error"]["code"] == "shutting_down"
         running.thread.join()
         assert 0.5 < time.monotonic() - began < 30
         assert running.service.engine.busy == 0
         assert not running.service.engine.alive
-    assert "timeout graceful shutdown exceeded" in capsys.readouterr().err
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_sigterm_lets_what_runs_end(folder):
@@ -649,12 +752,16 @@ def test_sigterm_lets_what_runs_end(folder):
         (["MODEL", "--adapters", "nowhere"], "--adapters: nowhere is no folder"),
         (["MODEL", "--max-length", "513"], "max_length=513: expected 2 to 512"),
         (["MODEL", "--timeout", "0"], "--timeout: expected more than 0 seconds"),
+        (["MODEL", "--grace", "inf"], "--grace: expected more than 0 seconds, found inf"),
+        (["MODEL", "--api-key", ""], "--api-key: a key is blank"),
+        (["MODEL", "--port", "70000"], "--port 70000: "),
         (["MODEL", "data.template=chats"], "data.template: expected"),
         (["smollm2-135m"], "smollm2-135m-instruct"),
     ],
 )
 def test_options_out_of_range(folder, capsys, options, message):
-    assert main(["serve", *[word.replace("MODEL", str(folder / "tiny")) for word in options], "--port", "0"]) == 2
+    words = [word.replace("MODEL", str(folder / "tiny")) for word in options]
+    assert main(["serve", "--port", "0", *words]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -676,7 +783,12 @@ def test_without_its_extra_it_says_what_to_install(folder, capsys, monkeypatch):
 def test_all_is_compiled_before_the_first_request(folder, monkeypatch, capsys):
     """`--warm-up`, with the options of a command line, up to where it would serve."""
     asked = []
-    monkeypatch.setattr(serve, "run", lambda service, address, grace: asked.append((service, grace)))
+
+    def run(service, address, grace, ready):
+        asked.append((service, grace))
+        ready()
+
+    monkeypatch.setattr(serve, "run", run)
     monkeypatch.setenv("JAXPEFT_API_KEY", "first,second")
     options = [
         "--adapters",

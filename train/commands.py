@@ -181,8 +181,9 @@ def serve(options: argparse.Namespace, console: Console) -> None:
         raise config.ConfigError([f"{error.name} is not installed: pip install 'jaxpeft[serve]'"], "serve") from None
     try:
         address = serve.bound(options.host, options.port)
-    except OSError as error:
-        raise config.ConfigError([f"--host {options.host} --port {options.port}: {error.strerror}"], "serve") from None
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise config.ConfigError([f"--host {options.host} --port {options.port}: {why}"], "serve") from None
     with address:
         service = served.service(options)
         if options.warm_up:
@@ -192,8 +193,8 @@ def serve(options: argparse.Namespace, console: Console) -> None:
             )
         host, port = address.getsockname()[:2]
         names = list(service.names())
-        console.print(f"serving {names[0]} and {len(names) - 1} adapters at http://{host}:{port}/v1", highlight=False)
-        serve.run(service, address, options.grace)
+        said = f"serving {names[0]} and {len(names) - 1} adapters at http://{host}:{port}/v1"
+        serve.run(service, address, options.grace, lambda: console.print(said, highlight=False))
 
 
 def simulate(options: argparse.Namespace) -> None:

@@ -52,7 +52,7 @@ class Engine:
       max_length: most tokens of a prompt and its answer. Default: the model's context, at most 2048.
       end_ids: tokens that end an answer. Default: the model's.
       tokens_per_call: tokens that every row writes before requests come and go.
-      max_queue: requests that may wait for a row.
+      max_queue: requests that may wait when all rows are in use.
 
     Attributes:
       traces: how often each program that reads or writes was compiled, by its name.
@@ -129,7 +129,7 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise Closed("the server is shutting down")
-            if len(self._queue) >= self.max_queue:
+            if len(self._queue) >= self.max_queue + self._answers.count(None):
                 raise QueueFull(f"{len(self._queue)} requests wait already, and no more may; try again later")
             self._queue.append(answer)
             self._lock.notify()

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 OFF: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
@@ -31,6 +31,8 @@ OFF: Mapping[str, tuple[Any, ...]] = {
 """Parameters that are not supported, and the values that ask for nothing."""
 IGNORED = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
 """Parameters that do not change an answer."""
+MESSAGE_IGNORED = ("name", "refusal", "annotations", "reasoning_content")
+"""Fields of a message that no chat template needs."""
 
 
 class ApiError(Exception):
@@ -74,6 +76,16 @@ class Asked(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_unicode(cls, body: Any) -> Any:
+        """JSON can spell half of a character, a lone surrogate, which no tokenizer takes and no answer can repeat."""
+        try:
+            json.dumps(body if isinstance(body, dict) else {}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text holds half of a character, {error.object[error.start]!a}") from None
+        return body
+
     def check(self) -> None:
         """Raises ApiError for parameters that are unknown, or ask for what is not supported."""
         for name, value in (self.model_extra or {}).items():
@@ -83,7 +95,8 @@ class Asked(BaseModel):
                 near = difflib.get_close_matches(name, [*type(self).model_fields, *OFF], n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ApiError(400, f"unknown parameter {name!r}{hint}", "unknown_parameter", name)
-            if value not in OFF[name]:
+            # True equals 1, and False 0, but they ask for something else.
+            if not any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in OFF[name]):
                 only = f" other than {OFF[name][0]!r}" if OFF[name] else ""
                 raise ApiError(
                     400, f"{name}={value!r}: no value{only} is supported; leave it out", "unsupported_parameter", name
@@ -133,7 +146,7 @@ class Part(BaseModel):
 class Message(BaseModel):
     """A turn of a conversation."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
 
@@ -148,6 +161,16 @@ class ChatAsked(Asked):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: StrictInt | None = Field(None, ge=1)
+
+    def check(self) -> None:
+        """Raises ApiError for what is not supported, in the messages as well."""
+        super().check()
+        for number, message in enumerate(self.messages):
+            # What a client repeats of an answer, and names, change nothing; calls of tools would.
+            extra = message.model_extra or {}
+            if wrong := [name for name, value in extra.items() if value and name not in MESSAGE_IGNORED]:
+                place = f"messages.{number}.{wrong[0]}"
+                raise ApiError(400, f"{place}: not supported; leave it out", "unsupported_parameter", place)
 
 
 class Reply:

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,11 @@ class Residents:
 def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Name, time and size of every file: what differs once an adapter is written again, or copied to its end."""
     found = []
-    for path in sorted(folder.rglob("*")):
-        with contextlib.suppress(FileNotFoundError):  # It went while we looked; the next scan sees it gone.
-            found.append((str(path), path.stat().st_mtime_ns, path.stat().st_size))
-    return tuple(found)
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
+            # It went while we looked, which the next scan sees, or cannot be read, which who reads it says.
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                found.append((path, status.st_mtime_ns, status.st_size))
+    return tuple(sorted(found))

@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
+import math
 import os
 import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import fastapi
@@ -22,6 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from train import openai_api
 from train.engine import Engine
@@ -44,6 +46,7 @@ class Service:
       name: of the base.
       api_keys: one of them must come with each request; none are needed if it is empty.
       timeout: seconds that a request may take, waiting included.
+      tokenizing: held by the request whose prompt becomes tokens.
     """
 
     engine: Engine
@@ -52,6 +55,7 @@ class Service:
     name: str
     api_keys: Sequence[str] = ()
     timeout: float = 600.0
+    tokenizing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def names(self) -> dict[str, int]:
         """{name: when it was written} of the base and the adapters."""
@@ -114,7 +118,8 @@ class Service:
         """
         asked.check()
         resident = await self.resident(asked.model)
-        tokens = self.prompt(asked, self.template_of(resident))
+        async with self.tokenizing:  # A long text takes its time, and tokenizers are not made for threads.
+            tokens = await asyncio.to_thread(self.prompt, asked, self.template_of(resident))
         longest = asked.max_completion_tokens or asked.max_tokens if isinstance(asked, ChatAsked) else asked.max_tokens
         if longest is None:  # As OpenAI's: a text has 16 tokens, an answer in a conversation as many as fit.
             longest = max(self.engine.max_length - len(tokens), 1) if isinstance(asked, ChatAsked) else 16
@@ -143,13 +148,18 @@ class Service:
             raise ApiError(429, str(error), "queue_full") from None
         except Closed as error:
             raise ApiError(503, str(error), "shutting_down") from None
-        text = Text(self.template.tokenizer, asked.stops)
+        # A text goes on where the prompt ends; an answer begins anew.
+        after = [] if isinstance(asked, ChatAsked) else tokens.tolist()
+        text = Text(self.template.tokenizer, asked.stops, after)
         return Ongoing(answer, events, text, time.monotonic() + self.timeout, self.timeout)
 
     async def authorize(self, request: fastapi.Request) -> None:
         """Raises ApiError unless the request has one of the keys."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if self.api_keys and not any(hmac.compare_digest(given, key.encode()) for key in self.api_keys):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        known = scheme.lower() == "bearer" and any(
+            hmac.compare_digest(given.strip().encode(), key.encode()) for key in self.api_keys
+        )
+        if self.api_keys and not known:
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
 
 
@@ -212,10 +222,10 @@ def app(service: Service) -> FastAPI:
         await asyncio.to_thread(engine.close)
 
     made = FastAPI(title="jaxpeft", lifespan=lifespan)
+    made.add_middleware(Counted, metrics=metrics)
 
     @made.exception_handler(ApiError)
     async def refused(request: fastapi.Request, error: ApiError) -> JSONResponse:
-        metrics.count(request.url.path, error.status)
         headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
         return JSONResponse(error.body(), error.status, headers=headers)
 
@@ -230,6 +240,10 @@ def app(service: Service) -> FastAPI:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, headers=error.headers)
 
+    @made.exception_handler(Exception)
+    async def failed(request: fastapi.Request, error: Exception) -> JSONResponse:  # Whose traceback uvicorn writes.
+        return await refused(request, ApiError(500, f"the server failed; {type(error).__name__}", "internal_error"))
+
     keyed = [Depends(service.authorize)]
 
     @made.get("/v1/models", dependencies=keyed)
@@ -237,7 +251,7 @@ def app(service: Service) -> FastAPI:
         await service.rescan()
         return {"object": "list", "data": [openai_api.listed(*item, "jaxpeft") for item in service.names().items()]}
 
-    @made.get("/v1/models/{name}", dependencies=keyed)
+    @made.get("/v1/models/{name:path}", dependencies=keyed)
     async def model(name: str) -> dict[str, Any]:
         await service.resident(name)
         return openai_api.listed(name, service.names()[name], "jaxpeft")
@@ -265,8 +279,8 @@ def app(service: Service) -> FastAPI:
         reply = Reply(isinstance(asked, ChatAsked), asked.model, len(ongoing.answer.request.tokens))
 
         def done(status: int) -> None:
-            written = len(ongoing.text.tokens)
-            metrics.answered(request.url.path, status, reply.prompt_tokens, written, time.monotonic() - began)
+            request.scope["answered"] = status
+            metrics.answered(reply.prompt_tokens, len(ongoing.text.tokens), time.monotonic() - began)
 
         if asked.stream:
             # A client may be gone before the stream begins, which then never ends either.
@@ -316,6 +330,36 @@ def app(service: Service) -> FastAPI:
     return made
 
 
+class Counted:
+    """Counts what is asked under ``/v1``, by the route and by how it ended: as ASGI goes, an application around one.
+
+    Args:
+      app: the application.
+      metrics: that count.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request, as the application does."""
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                scope.setdefault("answered", message["status"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception:
+            scope["answered"] = 500
+            raise
+        finally:
+            # Paths that are no route would be as many series as anybody likes to ask for.
+            if path := getattr(scope.get("route"), "path", ""):
+                self.metrics.count(path, scope.get("answered", 499))
+
+
 async def _whole(ongoing: Ongoing) -> tuple[str, str]:
     async with contextlib.aclosing(ongoing.pieces()) as pieces:
         found = [piece async for piece in pieces]
@@ -332,29 +376,74 @@ def bound(host: str, port: int) -> socket.socket:
 
     Raises:
       OSError: the address is taken, or is none of this machine.
+      OverflowError: no port has such a number.
     """
     made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))
-    except OSError:
+    except (OSError, OverflowError):
         made.close()
         raise
     return made
 
 
-def run(service: Service, address: socket.socket, grace: float) -> None:
-    """Serves until SIGTERM or Ctrl-C; what is under way then has `grace` seconds to end."""
-    config = uvicorn.Config(app(service), log_level="warning", timeout_graceful_shutdown=max(1, round(grace)))
-    # uvicorn raises the signal once more when it has ended in good order. To end so is no failure.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+class Server(uvicorn.Server):
+    """uvicorn's, in which what is under way at the end has `grace` seconds, and then learns that the server goes.
+
+    Args:
+      service: what answers.
+      grace: seconds.
+    """
+
+    def __init__(self, service: Service, grace: float):
+        # uvicorn cuts connections off; by then the engine has cancelled what they wait for, and they have said so.
+        cut = math.ceil(grace) + 5
+        # No route is a websocket, and the packages that uvicorn looks for warn of themselves.
+        super().__init__(uvicorn.Config(app(service), log_level="warning", ws="none", timeout_graceful_shutdown=cut))
+        self.engine, self.grace = service.engine, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no connections, and ends when all is answered."""
+        loop = asyncio.get_running_loop()
+        late = loop.call_later(self.grace, loop.run_in_executor, None, self.engine.close)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            late.cancel()
+
+
+def run(service: Service, address: socket.socket, grace: float, ready: Callable[[], None] = lambda: None) -> None:
+    """Serves until SIGTERM or Ctrl-C.
+
+    Args:
+      service: what answers.
+      address: from `bound`.
+      grace: seconds that what is under way then has to end.
+      ready: called when these signals end it in good order.
+    """
+    server = Server(service, grace)
+
+    def leave(*_: Any) -> None:
+        # uvicorn raises a signal once more when it has ended; and one may come before uvicorn listens to them.
+        server.should_exit = True
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        uvicorn.Server(config).run(sockets=[address])
+        ready()
+        server.run(sockets=[address])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def api_keys(given: Sequence[str] | None) -> list[str]:
-    """The keys of the command line and of ``JAXPEFT_API_KEY``, which other users of the machine do not see."""
-    return [*(given or ()), *filter(None, os.environ.get("JAXPEFT_API_KEY", "").split(","))]
+    """The keys of the command line and of ``JAXPEFT_API_KEY``, which other users of the machine do not see.
+
+    Raises:
+      ValueError: one is blank, as of a variable that is not set.
+    """
+    keys = [*(given or ()), *filter(None, os.environ.get("JAXPEFT_API_KEY", "").split(","))]
+    if any(not key.strip() for key in keys):
+        raise ValueError("--api-key: a key is blank, which would keep nobody out")
+    return [key.strip() for key in keys]

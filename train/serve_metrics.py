@@ -38,9 +38,8 @@ class Metrics:
         """One request more."""
         self.requests.labels(path, str(status)).inc()
 
-    def answered(self, path: str, status: int, prompt: int, completion: int, seconds: float) -> None:
-        """One request more that the engine had, with its tokens."""
-        self.count(path, status)
+    def answered(self, prompt: int, completion: int, seconds: float) -> None:
+        """One answer more of the engine, whole or not, with its tokens."""
         self.tokens.labels("prompt").inc(prompt)
         self.tokens.labels("completion").inc(completion)
         self.seconds.observe(seconds)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from jaxpeft.models import LanguageModel
@@ -44,8 +45,15 @@ def service(options: argparse.Namespace) -> serve.Service:
     if folder is not None and not folder.is_dir():
         raise ConfigError([f"--adapters: {folder} is no folder"], "serve")
     for option in ("timeout", "grace"):
-        if not getattr(options, option) > 0:
+        if not 0 < getattr(options, option) < math.inf:
             raise ConfigError([f"--{option}: expected more than 0 seconds, found {getattr(options, option)}"], "serve")
+    try:
+        keys = serve.api_keys(options.api_key)
+    except ValueError as error:
+        raise ConfigError([str(error)], "serve") from None
+    # A path's own name also where it is given as `.`; the name of a hub's model stays as it is.
+    path = Path(parsed.model.name)
+    name = options.name or (path.resolve() if path.exists() else path).name
     model = _model(parsed)
     template = Template(model.tokenizer, parsed.data.template, model.config.vocab_size)
     try:
@@ -59,12 +67,11 @@ def service(options: argparse.Namespace) -> serve.Service:
         )
     except ValueError as error:
         raise ConfigError([str(error)], "serve") from None
-    name = options.name or Path(parsed.model.name).name
     residents = None
     if folder is not None:
         residents = Residents(folder, engine.base, tokenizer=template.fingerprint, check=engine.check, reserved=(name,))
         residents.scan()
-    return serve.Service(engine, template, residents, name, serve.api_keys(options.api_key), options.timeout)
+    return serve.Service(engine, template, residents, name, keys, options.timeout)
 
 
 def _model(parsed: Config) -> LanguageModel:
