@@ -12,7 +12,7 @@ from jax import Array
 from jaxpeft import switches
 from jaxpeft.layout import from_matrix, to_matrix
 from jaxpeft.sites import Group, Sites, flatten, nearest_paths
-from jaxpeft.spec import Spec, method_of, name_of
+from jaxpeft.spec import Spec, check_kinds, kind_of, method_of, name_of
 from jaxpeft.table import html_table
 from jaxpeft.updates import Update
 from jaxpeft.values import over_stack
@@ -99,6 +99,7 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> Adapter:
         The adapter: float32 trained arrays, frozen arrays, and ΔW = 0 unless the method says otherwise.
 
     Raises:
+        TypeError: the spec or the sites are something else.
         ValueError: the spec does not fit a site; the message names the nearest value that does.
 
     Examples:
@@ -109,6 +110,7 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> Adapter:
         >>> jaxpeft.count(adapter)
         384
     """
+    check_kinds(spec, sites)
     for group in sites:
         part = spec.part(group)
         if "i" not in group.layout and not method_of(part).CARD.vectors:
@@ -135,6 +137,8 @@ def abstract(spec: Spec, sites: Sites) -> Adapter:
 
 def count(adapter: Adapter) -> int:
     """Number of trained parameters; a shared pool counts once."""
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"expected an adapter, found {kind_of(adapter)}")
     return sum(leaf.size for leaf in jax.tree.leaves(adapter.params))
 
 

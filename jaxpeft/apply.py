@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
-from jaxpeft import sharding
+from jaxpeft import checks, sharding
 from jaxpeft.adapter import Adapter, by_path, check_base
 from jaxpeft.blocks import Quantized, as_floats, is_quantized
 from jaxpeft.interpret import evaluate
@@ -72,8 +72,9 @@ def adapt(fn: Callable, *, shardings: Any = None) -> Callable:
         others (flags, strings, sizes) stay as they are. Works under jit, grad, vmap, scan, remat and pmap.
 
     Raises:
-        ValueError: at the call, if an adapted weight is missing from the base, has another shape, or is never used by
-            ``fn`` (it would train with zero gradient).
+        TypeError: at the call, if something else is given in an adapter's place.
+        ValueError: at the call, if an adapter's arrays are not those of its spec and sites, or if an adapted weight is
+            missing from the base, has another shape, or is never used by ``fn`` (it would train with zero gradient).
 
     Warns:
         MaterializeWarning: a weight is consumed by a primitive that has no rule, so W + ΔW is formed there.
@@ -92,7 +93,7 @@ def adapt(fn: Callable, *, shardings: Any = None) -> Callable:
     def forward(
         base: Any, adapter: Adapter | Sequence[Adapter], *args: Any, dropout_key: Array | None = None, **kwargs: Any
     ) -> Any:
-        adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+        adapters = checks.adapters(adapter)
         out, uses = _evaluate(fn, base, adapters, args, kwargs, dropout_key, on_mesh)
         if formed := Report(tuple(uses.items())).materialized:
             by = sorted({use.primitive for use in uses if not use.fused})
@@ -128,7 +129,7 @@ def explain(fn: Callable, base: Any, adapter: Adapter | Sequence[Adapter], *args
         site       how    by           times
         up/kernel  fused  dot_general  1
     """
-    adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+    adapters = checks.adapters(adapter)
     dynamic, static, structure = _split_arrays((args, kwargs))
     reports = []
 

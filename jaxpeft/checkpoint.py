@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from jaxpeft import checks
 from jaxpeft import sharding as placing
 from jaxpeft.adapter import Adapter, abstract
 from jaxpeft.files import check_free
@@ -57,6 +58,7 @@ def save(
         FileExistsError: the folder holds something already.
         CheckpointError: it cannot be written, for instance because the disk is full.
     """
+    checks.adapter(adapter)
     path = Path(path).absolute()
     check_free(path, overwrite, "adapter", _holds_steps)
     with Checkpoints(path, keep=1, asynchronous=False) as checkpoints:

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxpeft import checks
 from jaxpeft.adapter import Adapter
 from jaxpeft.apply import adapt
 from jaxpeft.models.generate import Sampling, Writing, bucket
@@ -98,7 +99,7 @@ class HarnessLM(TemplateLM):
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         self.model = model
         self.tokenizer = model.tokenizer
-        self.adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+        self.adapters = checks.adapters(adapter)
         self.max_length = max_length or model.config.max_position_embeddings
         self.max_gen_toks = max_gen_toks
         self.add_bos_token = add_bos_token

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpeft import checks
 from jaxpeft.adapter import Adapter, by_path, check_base
 from jaxpeft.blocks import Quantized, is_quantized
 from jaxpeft.layout import from_matrix, to_matrix
@@ -95,7 +96,7 @@ def changed(base: Any, adapter: Adapter | Sequence[Adapter]) -> dict[str, tuple[
     """{path: (group, updates)} of every weight that the adapters change; a ValueError if the base lacks one."""
     leaves = flatten(base)
     changes: dict[str, tuple[Group, tuple[Update, ...]]] = {}
-    for one in [adapter] if isinstance(adapter, Adapter) else adapter:
+    for one in checks.adapters(adapter):
         check_base(one.sites, leaves)
         for path, (group, update) in by_path(one).items():
             changes[path] = group, (*changes.get(path, (group, ()))[1], update)

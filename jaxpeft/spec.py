@@ -6,10 +6,12 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Literal
+from types import ModuleType, NoneType
+from typing import Any, Literal, Self, get_args
 
-from jaxpeft.sites import Group
+import numpy as np
+
+from jaxpeft.sites import Group, Sites
 
 SHARED = "shared"
 """Key beside the groups, in an adapter's trees, of arrays that belong to all groups together."""
@@ -72,7 +74,23 @@ class Spec:
     dora: bool = False
     start: Literal["method", "pissa", "olora"] = "method"
 
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        """Names fields that there are not, as the dataclass would without their method or what there is."""
+        del args
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [name for name in fields if name not in known]:
+            name = cls.__module__.rpartition(".")[2]
+            raise TypeError(f"{name}.Spec has no field {unknown[0]!r}; {nearest(unknown[0], known)}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), np.generic):  # JSON knows no others than Python's.
+                object.__setattr__(self, field.name, value.item())
+            kinds = {*(get_args(field.type) or (field.type,))} - {NoneType}
+            if kinds <= {bool, int, float} and getattr(self, field.name) is not None:
+                expected = "a number" if float in kinds else "an integer" if int in kinds else "True or False"
+                require(_is_one_of(getattr(self, field.name), kinds), self, field.name, expected)
         require(self.alpha > 0, self, "alpha", "a positive number")
         require(0 <= self.dropout < 1, self, "dropout", "in [0, 1)")
         require(self.dropout_on in ("input", "factors", "update"), self, "dropout_on", "input, factors or update")
@@ -104,6 +122,13 @@ class Spec:
         return {"method": method_of(self).__name__.removeprefix("jaxpeft.methods."), **dataclasses.asdict(self)}
 
 
+def _is_one_of(value: Any, kinds: set[Any]) -> bool:
+    """Whether a value is of a type; a bool is no number, and an integer is one."""
+    if isinstance(value, bool):
+        return bool in kinds
+    return (isinstance(value, int) and bool({int, float} & kinds)) or (isinstance(value, float) and float in kinds)
+
+
 def method_of(spec: Spec) -> ModuleType:
     """The method of a spec: the module that its class lives in."""
     return sys.modules[type(spec).__module__]
@@ -112,6 +137,26 @@ def method_of(spec: Spec) -> ModuleType:
 def name_of(spec: Spec) -> str:
     """The short name of a spec's method, for messages."""
     return method_of(spec).__name__.rpartition(".")[2]
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, for messages on one that is not what it should be."""
+    if isinstance(value, ModuleType):
+        return f"the module {value.__name__}"
+    return f"the class {value.__qualname__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def check_kinds(spec: Any, sites: Any) -> None:
+    """Raises TypeError unless they are a spec and what `find` returns."""
+    if not isinstance(spec, Spec):
+        hint = ""
+        if isinstance(spec, ModuleType) and hasattr(spec, "Spec"):
+            hint = f"; its hyper-parameters are {spec.__name__.rpartition('.')[2]}.Spec(…)"
+        elif isinstance(spec, type) and issubclass(spec, Spec):
+            hint = "; call it with hyper-parameters"
+        raise TypeError(f"spec: expected for instance lora.Spec(rank=8), found {kind_of(spec)}{hint}")
+    if not isinstance(sites, Sites):
+        raise TypeError(f"sites: expected what jaxpeft.find(params) returns, found {kind_of(sites)}")
 
 
 def require(condition: bool, spec: Spec, field: str, expected: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpeft import checks
 from jaxpeft.adapter import Adapter
 from jaxpeft.sites import Group
 from jaxpeft.spec import SHARED, method_of, name_of
@@ -103,6 +104,7 @@ def summary(adapter: Adapter) -> Summary:
         up/kernel  1       64  32   192      772 B   772 B     9.375%               2
         192 trained parameters, 9.375% of the adapted weights; 772 bytes
     """
+    checks.adapter(adapter)
     concrete = all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(adapter))
     updates = jax.eval_shape(Adapter.updates, adapter)
     general = _in_general_position(adapter).updates() if concrete else {}
