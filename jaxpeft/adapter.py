@@ -7,12 +7,13 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxpeft import switches
 from jaxpeft.layout import from_matrix, to_matrix
 from jaxpeft.sites import Group, Sites, flatten, nearest_paths
-from jaxpeft.spec import Spec, check_kinds, kind_of, method_of, name_of
+from jaxpeft.spec import Spec, alpha_of, check_kinds, kind_of, method_of, name_of
 from jaxpeft.table import html_table
 from jaxpeft.updates import Update
 from jaxpeft.values import over_stack
@@ -65,13 +66,24 @@ class Adapter:
 
     def with_alpha(self, alpha: float) -> Self:
         """A copy with another alpha. Nothing that is compiled for the adapter is compiled again."""
-        spec = dataclasses.replace(self.spec, alpha=alpha)
-        factor = {group.name: spec.scale(group) / self.spec.scale(group) for group in self.sites}
-        constants = {
-            name: {**frozen, "scale": frozen["scale"] * factor[name]} if name in factor else frozen
-            for name, frozen in self.constants.items()
-        }
+        spec, constants = dataclasses.replace(self.spec, alpha=alpha), dict(self.constants)
+        for group in self.sites:
+            own = constants[group.name]
+            constants[group.name] = {**own, "scale": jnp.full_like(own["scale"], spec.scale(group))}
         return self.replace(spec=spec, constants=constants)
+
+    @property
+    def alpha(self) -> float:
+        """Alpha as the arrays have it.
+
+        Specs that differ in alpha alone are equal, so `jax.jit`, which keeps what it has compiled for one, returns that
+        one's spec with the arrays of others; `spec.alpha` may be of another adapter.
+        """
+        for group in self.sites:
+            scale = np.asarray(self.constants[group.name]["scale"]).flat[0]
+            if scale != np.float32(self.spec.scale(group)):
+                return alpha_of(float(scale), self.spec.alpha / self.spec.scale(group))
+        return self.spec.alpha
 
     def updates(self) -> dict[str, Update]:
         """{group: update}, every array stacked over the group's L layers. Differentiable in `params`."""

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from jaxpeft.adapter import Adapter
 from jaxpeft.apply import adapt
 from jaxpeft.sites import Sites
-from jaxpeft.spec import Spec
+from jaxpeft.spec import Spec, kind_of
 from jaxpeft.updates import LowRank, Update
 
 BASE = -1
@@ -130,7 +131,7 @@ def rows(stacks: Adapters | Sequence[Adapters], ids: Array) -> list[Rows]:
         it.
 
     Raises:
-        ValueError: ids are not one integer a row.
+        ValueError: a stack is none; ids are not one integer a row, or, where they are known, count no adapter.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxpeft
@@ -144,10 +145,15 @@ def rows(stacks: Adapters | Sequence[Adapters], ids: Array) -> list[Rows]:
         >>> batch.batched(lambda base, x: x @ base["up"]["kernel"])(base, own, None, jnp.ones((3, 3))).shape
         (3, 4)
     """
-    stacks = [stacks] if isinstance(stacks, Adapter | Expanded) else list(stacks)
+    stacks = list(stacks) if isinstance(stacks, Sequence) else [stacks]
     ids = jnp.asarray(ids)
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids has shape {ids.shape} and type {ids.dtype}; expected one integer a row, (B,)")
+    for one in stacks:
+        _check_stacked(one)
+    count = sum(map(size, stacks))
+    if not isinstance(ids, Tracer) and (wrong := [at for at in ids.tolist() if not BASE <= at < count]):
+        raise ValueError(f"ids holds {wrong[0]}; expected 0 to {count - 1}, or {BASE} for the base alone")
     first, found = 0, []
     for one in stacks:
         found.append(_rows(one, ids - first))
@@ -173,10 +179,11 @@ def batched(fn: Callable) -> Callable:
             returns, leads with the batch; what is in `kwargs` is the same for all rows.
 
     Returns:
-        A function ``(base, stacks, ids, *args, **kwargs)``. `stacks` is what `stack` returned, `Expanded` ones, or a
-        sequence of both; `ids` (B,) int counts through them, `BASE` for a row without an adapter. Or `stacks` is what
-        `rows` returned, and `ids` None. Differentiable in the stacks' `params`, so one step trains many adapters. Other
-        ids, and other adapters of the same spec in their place, compile nothing again.
+        A function ``(base, stacks, ids, *args, dropout_key=None, **kwargs)``. `stacks` is what `stack` returned,
+        `Expanded` ones, or a sequence of both; `ids` (B,) int counts through them, `BASE` for a row without an adapter.
+        Or `stacks` is what `rows` returned, and `ids` None. Differentiable in the stacks' `params`, so one step trains
+        many adapters; what is dropped, every row draws by itself. Other ids, and other adapters of the same spec in
+        their place, compile nothing again.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxpeft
@@ -192,19 +199,36 @@ def batched(fn: Callable) -> Callable:
     forward = adapt(fn)
 
     def run(
-        base: Any, stacks: Adapters | Sequence[Adapters] | Sequence[Rows], ids: Array | None, *args: Any, **kwargs: Any
+        base: Any,
+        stacks: Adapters | Sequence[Adapters] | Sequence[Rows],
+        ids: Array | None,
+        *args: Any,
+        dropout_key: Array | None = None,
+        **kwargs: Any,
     ) -> Any:
         own = _given(stacks) if ids is None else rows(stacks, ids)  # pyright: ignore[reportArgumentType]
-        _check(_count(own) if ids is None else len(ids), args)
+        count = _count(own) if ids is None else len(ids)
+        _check(count, args)
+        if count is None:
+            count = next((len(leaf) for leaf in jax.tree.leaves(args)), 0)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, count)
 
-        def row(own: list[Rows], args: Any) -> Any:
+        def row(own: list[Rows], key: Array | None, args: Any) -> Any:
             updates = [Expanded(one.made, one.spec, one.sites) for one in own]
-            out = forward(base, updates, *jax.tree.map(lambda leaf: leaf[None], args), **kwargs)
+            out = forward(base, updates, *jax.tree.map(lambda leaf: leaf[None], args), dropout_key=key, **kwargs)
             return jax.tree.map(lambda leaf: leaf[0], out)
 
-        return jax.vmap(row, in_axes=(1, 0))(own, args)
+        return jax.vmap(row, in_axes=(1, 0, 0))(own, keys, args)
 
     return run
+
+
+def _check_stacked(one: Any) -> None:
+    """Raises ValueError for one adapter alone, which is no stack."""
+    if not isinstance(one, Adapter | Expanded):
+        raise ValueError(f"expected what batch.stack returned, or several of them, found {kind_of(one)}")
+    if isinstance(one, Adapter) and any(one.constants[group.name]["scale"].ndim < 2 for group in one.sites):
+        raise ValueError("found an adapter that is not stacked; expected what batch.stack returned, or several of them")
 
 
 def _given(stacks: Any) -> list[Rows]:

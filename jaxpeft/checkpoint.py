@@ -5,6 +5,7 @@ and metadata: format version, spec, sites, the fingerprint of the base, and a ch
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -233,7 +234,7 @@ class Checkpoints:
             base_fingerprint = fingerprint(base)
         metadata = {
             "format": FORMAT,
-            "spec": adapter.spec.to_dict(),
+            "spec": dataclasses.replace(adapter.spec, alpha=adapter.alpha).to_dict(),
             "sites": adapter.sites.to_dict(),
             "base": base_fingerprint,
             "arrays": {

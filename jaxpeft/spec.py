@@ -129,6 +129,15 @@ def _is_one_of(value: Any, kinds: set[Any]) -> bool:
     return (isinstance(value, int) and bool({int, float} & kinds)) or (isinstance(value, float) and float in kinds)
 
 
+def alpha_of(scale: float, divisor: float) -> float:
+    """The shortest alpha whose alpha / divisor is this float32 scale."""
+    for digits in range(1, 10):
+        alpha = float(f"{scale * divisor:.{digits}g}")
+        if np.float32(alpha / divisor) == np.float32(scale):
+            return int(alpha) if alpha.is_integer() else alpha
+    return scale * divisor
+
+
 def method_of(spec: Spec) -> ModuleType:
     """The method of a spec: the module that its class lives in."""
     return sys.modules[type(spec).__module__]

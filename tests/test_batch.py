@@ -153,6 +153,21 @@ def test_updates_that_are_alike_are_one() -> None:
     np.testing.assert_allclose(out, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
 
 
+def test_every_row_drops_what_it_drops_itself() -> None:
+    base = {"up": {"kernel": jnp.zeros((8, 6))}}
+    found = [
+        moved(jaxpeft.init(jax.random.key(i), lora.Spec(rank=2, dropout=0.5), jaxpeft.find(base)), 0.3, i)
+        for i in range(2)
+    ]
+    forward = batch.batched(lambda base, x: x @ base["up"]["kernel"])
+    same, ids = jnp.ones((4, 5, 8)), jnp.zeros(4, jnp.int32)
+    for stacks, numbers in ((batch.stack(found), ids), (batch.rows(batch.stack(found), ids), None)):
+        out = forward(base, stacks, numbers, same, dropout_key=jax.random.key(3))
+        np.testing.assert_array_equal(out, forward(base, stacks, numbers, same, dropout_key=jax.random.key(3)))
+        assert len(np.unique(np.asarray(out).reshape(4, -1), axis=0)) == 4
+        assert len(np.unique(np.asarray(forward(base, stacks, numbers, same)).reshape(4, -1), axis=0)) == 1
+
+
 def test_ids_and_adapters_are_data() -> None:
     model, traces = made(), []
 
@@ -240,6 +255,13 @@ def test_mistakes_are_named() -> None:
         forward(model.params, stacked, jnp.zeros(5), TOKENS)
     with pytest.raises(ValueError, match="expected 4 rows"):
         forward(model.params, stacked, IDS[:4], TOKENS)
+    for wrong in (99, -7):
+        with pytest.raises(ValueError, match=rf"ids holds {wrong}; expected 0 to \d+, or -1 for the base alone"):
+            forward(model.params, stacked, IDS.at[1].set(wrong), TOKENS)
+    with pytest.raises(ValueError, match="found an adapter that is not stacked"):
+        forward(model.params, several[0], IDS, TOKENS)
+    with pytest.raises(ValueError, match="found a dict"):
+        forward(model.params, several[0].params, IDS, TOKENS)
     own = batch.rows(stacked, IDS[:4])
     with pytest.raises(ValueError, match="expected 4 rows"):
         forward(model.params, own, None, TOKENS)

@@ -240,3 +240,24 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(jaxpeft.CheckpointError, match="cannot be written: Not a directory; no step is complete"):
         jaxpeft.save(tmp_path / "file" / "adapter", adapter_of())
+
+
+def test_alpha_is_what_the_arrays_say(tmp_path) -> None:
+    """Specs that differ in alpha alone are equal, so jit returns the first one's with the arrays of the other."""
+    first = adapter_of()
+    second = first.with_alpha(64.0)
+
+    @jax.jit
+    def step(adapter):
+        return adapter.replace(params=jax.tree.map(lambda leaf: leaf * 1.0, adapter.params))
+
+    step(first)
+    stepped = step(second)
+    assert stepped.alpha == 64.0
+    same = [stepped.with_alpha(8.0), first.with_alpha(8.0), jax.jit(lambda one: one.with_alpha(8.0))(second)]
+    for one in same:
+        jax.tree.map(np.testing.assert_array_equal, one.constants, same[0].constants)
+    jaxpeft.save(tmp_path / "adapter", stepped)
+    loaded = jaxpeft.load(tmp_path / "adapter")
+    assert loaded.spec.alpha == loaded.alpha == 64.0
+    jax.tree.map(np.testing.assert_array_equal, loaded.constants, second.constants)

@@ -70,6 +70,23 @@ def test_bfloat16_as_near_to_float32_as_a_plain_product() -> None:
         np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0.02, atol=0.05)
 
 
+@pytest.mark.parametrize("precision", ["highest", "BF16_BF16_F32_X3"])
+def test_all_products_have_the_precision_of_the_call(precision) -> None:
+    """Also those of the gradients, which are made when the call is over, and where rows have factors of their own."""
+
+    def product(hidden, factor):
+        with jax.default_matmul_precision(precision):
+            return thin.times(hidden, factor)
+
+    several = jnp.stack([FACTOR] * 4)
+    for mapped, factor in ((product, FACTOR), (jax.vmap(product), several), (jax.vmap(product, (None, 0)), several)):
+        lines = jax.jit(gradient(mapped)).lower(HIDDEN, factor).as_text().splitlines()
+        products = [line for line in lines if "dot_general" in line]
+        wanted = "HIGHEST" if precision == "highest" else "num_primitive_operations = 3"
+        assert len(products) == 3
+        assert all(wanted in line for line in products), products
+
+
 def test_the_large_operand_is_not_transposed() -> None:
     """The program that XLA makes of the factor's gradient has no array of the cotangent's transposed shape."""
     hidden, factor = jnp.ones((256, 4)), jnp.ones((4, 96))

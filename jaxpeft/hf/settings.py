@@ -12,6 +12,7 @@ from jaxpeft.adapter import Adapter
 from jaxpeft.hf import native
 from jaxpeft.hf.names import Modules
 from jaxpeft.sites import Group
+from jaxpeft.spec import alpha_of
 from jaxpeft.updates import Decomposed, LowRank, Update
 
 
@@ -73,18 +74,9 @@ def _each_module(
             own[method.dropout] = part.dropout
         names = modules.of_group(group)
         for name, scale in zip(names, np.broadcast_to(scales, len(names)), strict=True):
-            alpha = {method.alpha: _neat(float(scale), divisor)} if method.alpha else {}
+            alpha = {method.alpha: alpha_of(float(scale), divisor)} if method.alpha else {}
             each[name.rpartition(".")[0]] = own | alpha
     return each
-
-
-def _neat(scale: float, divisor: float) -> float:
-    """The shortest alpha whose alpha / divisor is this float32 scale."""
-    for digits in range(1, 10):
-        alpha = float(f"{scale * divisor:.{digits}g}")
-        if np.float32(alpha / divisor) == np.float32(scale):
-            return int(alpha) if alpha.is_integer() else alpha
-    return scale * divisor
 
 
 def _pattern(values: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
