@@ -1,11 +1,15 @@
 """Shared pools of shards: drawing and checking index tables, and gathering with a deterministic backward."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.interpreters import ad, batching, mlir
 
 
 def draw(key: Array, *, layers: int, slots: int, public: int, private: int) -> Array:
@@ -48,28 +52,66 @@ def gather(pool: Array, index: Array) -> Array:
 
     The backward adds one layer after the other. Within a layer no row repeats, so each scatter is free of collisions:
     it is deterministic on every backend, and on a CPU it costs 0.6-1 of the plain scatter-add and a fifth of a
-    one-hot product (docs/decisions/0003-pool-gather.md).
+    one-hot product (docs/decisions/0003-pool-gather.md). It is a primitive, linear in the pool, because a
+    `jax.custom_vjp` has no forward mode.
     """
-    return _gather(pool.shape[0], pool, index)
+    return _gather.bind(pool, index, shared=0, entries=pool.shape[0])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather(entries: int, pool: Array, index: Array) -> Array:
+def _rows(pool: Array, index: Array, *, shared: int, entries: int) -> Array:
+    """Of a pool (*S, N, ...) and an index (*S, L, n), whose first `shared` axes S they have in common."""
     del entries
-    return pool.at[index].get(mode="promise_in_bounds")
+    take = lambda pool, index: pool.at[index].get(mode="promise_in_bounds")  # noqa: E731
+    return _over(take, shared)(pool, index)
 
 
-def _gather_forward(entries: int, pool: Array, index: Array) -> tuple[Array, Array]:
-    return _gather(entries, pool, index), index
+def _sums(values: Array, index: Array, *, shared: int, entries: int) -> Array:
+    """The transpose: values (*S, L, n, ...) added to the rows (*S, N, ...) that they were taken from."""
+
+    def summed(values: Array, index: Array) -> Array:
+        def add(total: Array, layer: tuple[Array, Array]) -> tuple[Array, None]:
+            rows, values = layer
+            return total.at[rows].add(values, unique_indices=True, mode="promise_in_bounds"), None
+
+        return jax.lax.scan(add, jnp.zeros((entries, *values.shape[2:]), values.dtype), (index, values))[0]
+
+    return _over(summed, shared)(values, index)
 
 
-def _gather_backward(entries: int, index: Array, cotangent: Array) -> tuple[Array, None]:
-    def add(total: Array, layer: tuple[Array, Array]) -> tuple[Array, None]:
-        rows, values = layer
-        return total.at[rows].add(values, unique_indices=True, mode="promise_in_bounds"), None
-
-    zero = jnp.zeros((entries, *cotangent.shape[2:]), cotangent.dtype)
-    return jax.lax.scan(add, zero, (index, cotangent))[0], None
+def _over(fn: Callable, shared: int) -> Callable:
+    for _ in range(shared):
+        fn = jax.vmap(fn)
+    return fn
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+def _batched(primitive: Any, before: int, after: int, operands: Any, axes: Any, **params: Any) -> tuple[Array, int]:
+    """One axis more, of a primitive whose first operand has `before` axes where its result has `after`.
+
+    An axis of the index is one that both operands have; without, it lies behind those that the primitive looks at.
+    """
+    (first, index), (of_first, of_index), shared = operands, axes, params["shared"]
+    if of_index is None:
+        first = jnp.moveaxis(first, of_first, shared + before)
+        return primitive.bind(first, index, **params), shared + after
+    if of_first is None:
+        first = jnp.broadcast_to(first, (index.shape[of_index], *first.shape))
+        of_first = 0
+    first, index = jnp.moveaxis(first, of_first, 0), jnp.moveaxis(index, of_index, 0)
+    return primitive.bind(first, index, **params | {"shared": shared + 1}), 0
+
+
+def _linear(name: str, implementation: Callable, before: int, after: int) -> jex.Primitive:
+    """A primitive that is linear in its first operand."""
+    made = jex.Primitive(name)
+    made.def_impl(jax.jit(implementation, static_argnames=("shared", "entries")))
+    made.def_abstract_eval(lambda *of, **params: jax.make_jaxpr(partial(implementation, **params))(*of).out_avals[0])
+    ad.defjvp(made, lambda tangent, _, index, **params: made.bind(tangent, index, **params), None)
+    batching.primitive_batchers[made] = partial(_batched, made, before, after)
+    mlir.register_lowering(made, mlir.lower_fun(implementation, multiple_results=False))
+    return made
+
+
+_gather = _linear("pool_gather", _rows, 1, 2)
+_scatter = _linear("pool_scatter", _sums, 2, 1)
+ad.primitive_transposes[_gather] = lambda given, _, index, **params: [_scatter.bind(given, index, **params), None]
+ad.primitive_transposes[_scatter] = lambda given, _, index, **params: [_gather.bind(given, index, **params), None]

@@ -156,6 +156,42 @@ def test_pure_sharing_and_random_scaling() -> None:
         assert vector.std() == pytest.approx(0.5, rel=0.05)
 
 
+def _loss(gather):
+    return lambda pool, index: jnp.sum(jnp.sin(gather(pool, index)) * jnp.arange(5.0))
+
+
+INDEX = pools.draw(jax.random.key(0), layers=3, slots=4, public=6, private=1)
+POOL = jax.random.normal(jax.random.key(1), (9, 5))
+POOLS, INDICES = jnp.stack([POOL, 2 * POOL]), jnp.stack([INDEX, INDEX[::-1]])
+MAPPED = {"both": ((0, 0), (POOLS, INDICES)), "pool": ((1, None), (jnp.swapaxes(POOLS, 0, 1), INDEX))} | {
+    "index": ((None, 0), (POOL, INDICES))
+}
+GATHERED = {
+    "gradient": lambda gather: jax.grad(_loss(gather))(POOL, INDEX),
+    "forward over reverse": lambda gather: jax.hessian(_loss(gather))(POOL, INDEX),
+    "reverse over reverse": lambda gather: jax.jacrev(jax.grad(_loss(gather)))(POOL, INDEX),
+    "forward mode": lambda gather: jax.jacfwd(_loss(gather))(POOL, INDEX),
+    **{
+        f"vmap of the gradient, {name}": lambda gather, axes=axes, given=given: jax.vmap(jax.grad(_loss(gather)), axes)(
+            *given
+        )
+        for name, (axes, given) in MAPPED.items()
+    },
+    **{
+        f"gradient of vmap, {name}": lambda gather, axes=axes, given=given: jax.grad(
+            lambda pool, index: jnp.sum(jax.vmap(_loss(gather), axes)(pool, index))
+        )(*given)
+        for name, (axes, given) in MAPPED.items()
+    },
+}
+
+
+@pytest.mark.parametrize("case", GATHERED)
+def test_gather_is_linear_in_every_transformation(case) -> None:
+    found, expected = (GATHERED[case](gather) for gather in (pools.gather, lambda pool, index: pool[index]))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_gather_backward_is_the_scatter_and_repeats_to_the_bit() -> None:
     index = pools.draw(jax.random.key(0), layers=7, slots=9, public=20, private=2)
     pool = jax.random.normal(jax.random.key(1), (34, 5))
