@@ -123,7 +123,7 @@ def encode(weight: Array, kind: str, axis: int, block: int, double: bool, layout
         second = next(size for size in range(min(count, SECOND_BLOCK), 0, -1) if count % size == 0)
         grouped, at = _in_blocks(scales, count // second, axis)
         # The mean is the second-level block's own and not the tensor's: then a slice, a row and a shard are complete.
-        means = grouped.mean(at, keepdims=True)
+        means = _mean(grouped, at)
         signed, steps, _ = encode_symmetric(8, 127, grouped - means, at)
         scales, steps, means = signed.reshape(shape), steps.reshape(shape), means.reshape(shape)
     return Quantized(codes, scales, mins, steps, means, kind, axis, jnp.dtype(weight.dtype), layout)
@@ -138,6 +138,20 @@ def packed(codes: Array, kind: str, axis: int, count: int) -> Array:
     shape = list(codes.shape)
     shape[axis] = -1
     return (low | high << 4).reshape(shape)
+
+
+def _mean(scales: Array, axis: int) -> Array:
+    """The mean of at most `SECOND_BLOCK` scales, none negative, to 22 bits of the largest.
+
+    It has the same bits wherever they lie. A sum of floats depends on its order, and so on how devices share the axis;
+    a sum of integers does not, and an integer times a power of two is exact, whatever a compiler fuses it with.
+    """
+    largest = jnp.maximum(scales.max(axis, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    unit = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000, jnp.float32)
+    integers = jnp.round(scales / unit * 2**21).astype(jnp.int32)  # Below 2²²; 2³⁰ as a sum.
+    size = scales.shape[axis]
+    mean = (integers.sum(axis, keepdims=True) + size // 2) // size
+    return mean.astype(jnp.float32) * (unit * 2.0**-21)
 
 
 def _in_blocks(array: Array, count: int, axis: int) -> tuple[Array, int]:

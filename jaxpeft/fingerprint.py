@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpeft import sharding as placing
 from jaxpeft.blocks import is_quantized
@@ -23,9 +24,17 @@ def fingerprint(base: Any) -> str:
     for path, leaf in sorted(_arrays(base).items()):
         digest.update(f"{path}{tuple(leaf.shape)}".encode())
         picks = np.unique(np.linspace(0, math.prod(leaf.shape) - 1, 64).astype(np.int64))
-        values = leaf[np.unravel_index(picks, leaf.shape)] if leaf.shape else leaf
+        values = _at(leaf, np.unravel_index(picks, leaf.shape)) if leaf.shape else leaf
         digest.update(placing.whole(values).astype(jnp.bfloat16).tobytes())
     return digest.hexdigest()[:32]
+
+
+def _at(leaf: Any, index: tuple[np.ndarray, ...]) -> Any:
+    """``leaf[index]``, on every device; of an array on explicit axes it has to be said where that lies."""
+    mesh = jax.typeof(leaf).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return leaf[index]
+    return leaf.at[index].get(out_sharding=NamedSharding(mesh, PartitionSpec()))
 
 
 def _arrays(base: Any) -> dict[str, Any]:

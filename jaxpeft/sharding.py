@@ -147,8 +147,9 @@ def like(tree: Any, params: Any, shardings: Any) -> Any:
     whole = NamedSharding(next(iter(placed.values())).mesh, PartitionSpec())
 
     def place(path: str, leaf: Any) -> NamedSharding:
-        mirrored = (name for name, shape in known.items() if f"/{path}".endswith(f"/{name}") and shape == leaf.shape)
-        return placed.get(next(mirrored, ""), whole)
+        # The longest: of `up` and `mlp/up`, a moment of the latter ends with both.
+        mirrored = max((name for name in known if f"/{path}".endswith(f"/{name}")), key=len, default=None)
+        return whole if mirrored is None or known[mirrored] != leaf.shape else placed.get(mirrored, whole)
 
     found = [place(path, leaf) for path, leaf in paths_and_leaves(tree)]
     return jax.tree.unflatten(jax.tree.structure(tree), found)

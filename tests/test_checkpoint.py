@@ -129,6 +129,21 @@ def test_fingerprint() -> None:
     assert fingerprint(BASE) != fingerprint({"layers": BASE["layers"][:3]})
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_of_a_base_on_a_mesh(kind, tmp_path) -> None:
+    """It is the fingerprint of the base on one device, whatever axes of a kernel are split."""
+    base = {"up": {"kernel": jax.random.normal(jax.random.key(0), (4, 8, 16))}}
+    adapter = jaxpeft.init(jax.random.key(1), lora.Spec(rank=2), jaxpeft.find(base, ".*", layouts={".*": "lio"}))
+    jaxpeft.save(tmp_path / "a", adapter, base=base)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(kind,) * 3)
+    placed = jax.device_put(base, NamedSharding(mesh, P(None, "fsdp", "tensor")))
+    assert fingerprint(placed) == fingerprint(base)
+    with jax.set_mesh(mesh):
+        jaxpeft.save(tmp_path / "b", adapter, base=placed)
+        assert_equal(jaxpeft.load(tmp_path / "a", base=placed), adapter)
+    assert_equal(jaxpeft.load(tmp_path / "b", base=base), adapter)
+
+
 def test_another_base_spec_sites_or_state(tmp_path) -> None:
     adapter, state = adapter_of(), {"count": jnp.zeros(3)}
     with Checkpoints(tmp_path / "run") as checkpoints:

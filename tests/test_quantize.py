@@ -360,6 +360,21 @@ def test_on_eight_devices() -> None:
     assert_same(gradients(fn, small, adapter, where), one_device)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_the_same_bits_on_every_mesh(axis_type) -> None:
+    """Sums over scales of which each device has some; 72 of these are one second-level block, and no power of two."""
+    base = {"w": 0.02 * jax.random.normal(jax.random.key(6), (3, 4608, 64))}
+    settings = {"selection": "w", "layouts": {"w": "lio"}, "double": True}
+    for kind in ("nf4", "int8"):
+        expected = quantize.quantize(base, kind, **settings)
+        for sizes in ((8, 1), (2, 4)):
+            mesh = jax.make_mesh(sizes, ("fsdp", "tensor"), axis_types=(axis_type,) * 2)
+            for spec in (P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")):
+                with jax.set_mesh(mesh):
+                    found = quantize.quantize(jax.device_put(base, NamedSharding(mesh, spec)), kind, **settings)
+                jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_factors_follow_the_codes() -> None:
     """`jaxpeft.sharding` takes a base in few bits, on meshes of both kinds of axes."""
     base, _, _ = scanned_model(layers=2, size=64)

@@ -110,6 +110,18 @@ def test_an_optimizers_state_lies_as_what_it_mirrors():
     assert moments.count.spec == P()
 
 
+def test_a_moment_lies_as_the_array_of_its_whole_path():
+    kernel = {"kernel": jnp.ones((8, 8))}
+    base = {"up": kernel, "z": {"up": kernel}}
+    mesh = mesh_of(fsdp=2, tensor=2)
+    rules = [("^up", P("fsdp", "tensor")), ("z/up", P("tensor", "fsdp"))]
+    adapter = jaxpeft.init(jax.random.key(0), lora.Spec(rank=2), jaxpeft.find(base, ".*kernel"))
+    stored = sharding.adapter(adapter, sharding.from_rules(base, mesh, rules)).params
+    assert stored["up/kernel"] != stored["z/up/kernel"]
+    state = jax.eval_shape(optax.scale_by_adam().init, adapter.params)
+    assert sharding.like(state, adapter.params, stored).mu == stored
+
+
 def test_experts_are_split_over_their_stack():
     base = {"experts": {"up": {"kernel": jnp.ones((8, 4, 6))}}}
     mesh = mesh_of(data=2, expert=4)

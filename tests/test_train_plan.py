@@ -86,6 +86,10 @@ def test_a_table_over_methods(path, capsys):
     ("arguments", "message"),
     [
         (["mesh.tensor=3", "--cpu", "8"], "mesh: data 1 x fsdp -1 x sequence 1 x tensor 3 does not fit 8 devices"),
+        (["mesh.tensor=3", "--cpu", "8"], "that are not -1 must divide 8 (the nearest that does: 2)"),
+        (["mesh.fsdp=3", "--cpu", "8"], "does not fit 8 devices; the product of the sizes must be 8; one of them may"),
+        ([f"mesh.tensor={10**20}", "--cpu", "8"], "must divide 8 (the nearest that does: 8)"),
+        ([f"mesh.fsdp={10**20}", "--cpu", "8"], "the product of the sizes must be 8; one of them may be -1"),
         (["train.batch_size=3", "--cpu", "8"], "train.batch_size: 3 sequences at a time"),
         (["--topology", "v5e:3x3"], "v5e:3x3 is no slice of v5e; the nearest are v5e:2x4, v5e:4x4"),
         (["--cpu", "8", "--methods", "mos,mosh"], "--methods: unknown method 'mosh'; did you mean 'mos'"),

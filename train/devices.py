@@ -28,13 +28,11 @@ def sizes(config: Mesh, devices: int) -> dict[str, int]:
     found = {axis: devices // fixed if size < 0 else size for axis, size in asked.items()}
     if math.prod(found.values()) != devices:
         written = " x ".join(f"{axis} {size}" for axis, size in asked.items())
-        near = max(divisor for divisor in range(1, fixed + 1) if devices % divisor == 0)
-        raise ConfigError(
-            [
-                f"mesh: {written} does not fit {devices} devices; the product of the sizes must be {devices}, or "
-                f"divide it if one of them is -1 (the nearest that does: {near})"
-            ]
-        )
+        wanted = f"the product of the sizes must be {devices}; one of them may be -1"
+        if sum(size < 0 for size in asked.values()) == 1:
+            near = max(divisor for divisor in range(1, min(fixed, devices) + 1) if devices % divisor == 0)
+            wanted = f"the product of the sizes that are not -1 must divide {devices} (the nearest that does: {near})"
+        raise ConfigError([f"mesh: {written} does not fit {devices} devices; {wanted}"])
     return found
 
 
