@@ -161,7 +161,7 @@ def find(
 
     Raises:
         ValueError: nothing matches (the message lists near misses), an excluded pattern, a listed name or a declared
-            layout matches nothing, a layout is unknown or does not fit, a layer number is out of range, `layers` is empty.
+            layout matches nothing, a layout is unknown or does not fit, a layer does not exist, `layers` is empty.
 
     Examples:
         >>> import jax, jaxpeft

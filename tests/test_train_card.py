@@ -95,7 +95,7 @@ def test_export_writes_the_merged_model(finished, model, tmp_path, capsys):
     assert found.tokenizer.chat_template == base.tokenizer.chat_template
     assert main(["export", str(finished), str(folder)]) == 1
     assert "error: " in (said := capsys.readouterr().err)
-    assert "holds something already" in said
+    assert "holds something already; choose another folder, or replace it: --overwrite" in said
     assert main(["export", str(finished), str(folder), "--overwrite", "--dtype", "bfloat16"]) == 0
     assert models.load(folder).config.param_dtype == "bfloat16"
 
