@@ -21,7 +21,8 @@ def check_free(path: Path, overwrite: bool, kind: str, is_one: Callable[[Path], 
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
-        raise FileExistsError(f"{path} holds something already; choose another folder or pass overwrite=True")
+        replace = "replace it: --overwrite on the command line, overwrite=True in Python"
+        raise FileExistsError(f"{path} holds something already; choose another folder, or {replace}")
     if not is_one(path):
         raise FileExistsError(f"{path} holds files that are no {kind}; choose another folder")
 

@@ -8,8 +8,8 @@ HEADS = ("lm_head", "head", "output_head", "classifier", "score")
 
 
 def is_head(path: str) -> bool:
-    """Whether an array belongs to a model's output head."""
-    return path.split("/")[-2:-1] in [[name] for name in HEADS]
+    """Whether an array belongs to a model's output head; the paths of an `nnx.State` end in ``/value``."""
+    return path.removesuffix("/value").split("/")[-2:-1] in [[name] for name in HEADS]
 
 
 def is_linear(path: str, shape: tuple[int, ...], stacked: "StackedTrees") -> bool:

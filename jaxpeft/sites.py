@@ -135,7 +135,8 @@ def find(
     r"""Finds the weights to adapt and groups them by module type over the layers.
 
     Args:
-        params: any pytree of arrays or `jax.ShapeDtypeStruct`: Linen params, `nnx.to_pure_dict(state)`, plain dicts.
+        params: any pytree of arrays or `jax.ShapeDtypeStruct`: Linen params, `nnx.to_pure_dict(state)`, plain dicts;
+            an `nnx.State` with `model`, for its names are not those of Flax.
         selection: which leaves to adapt, over their "/"-joined paths. A string is one regular expression that must
             match the whole path; ``"all-linear"`` is every linear kernel but the output head; a list holds names, each
             a whole path or its end, with or without the leaf's own name (``["q_proj", "mlp/up_proj/kernel"]``), or
@@ -160,7 +161,7 @@ def find(
 
     Raises:
         ValueError: nothing matches (the message lists near misses), an excluded pattern, a listed name or a declared
-            layout matches nothing, a layout is unknown or does not fit, a layer number is out of range.
+            layout matches nothing, a layout is unknown or does not fit, a layer does not exist, `layers` is empty.
 
     Examples:
         >>> import jax, jaxpeft
@@ -189,15 +190,17 @@ def find(
             return path in declared or is_linear(path, leaves[path].shape, stacked)
         return path in declared or (used[path].linear and not is_head(path))
 
-    chosen = _select(leaves, selection, "selection", linear)
+    chosen = _select(leaves, selection, "selection", linear, shown=used is not None)
     if exclude is not None:
-        excluded = set(_select(leaves, exclude, "exclude", linear))
+        excluded = set(_select(leaves, exclude, "exclude", linear, shown=used is not None))
         if not excluded & set(chosen):
             raise ValueError(f"exclude={exclude!r} leaves out nothing that selection={selection!r} matched")
         chosen = [path for path in chosen if path not in excluded]
         if not chosen:
             raise ValueError(f"exclude={exclude!r} leaves out everything that selection={selection!r} matched")
     wanted = None if layers is None else tuple(sorted(set(layers)))
+    if wanted == ():
+        raise ValueError("layers=[] leaves no layer; without it all of them are adapted")
     members: dict[tuple[str, tuple[int, ...], str], list[tuple[str, int | None]]] = {}
     for path in chosen:
         leaf = leaves[path]
@@ -217,7 +220,7 @@ def find(
         group = _group_of(unique, found, shape, layout, wanted)
         if group is not None:
             groups.append(group)
-    _check_layers(wanted, groups)
+    _check_layers(wanted, members)
     return Sites(tuple(groups))
 
 
@@ -280,8 +283,9 @@ def _select(
     selection: Selection,
     argument: str,
     linear: Callable[[str], bool],
+    shown: bool,
 ) -> list[str]:
-    """Paths that one selection matches; an error if there are none."""
+    """Paths that one selection matches; an error if there are none. `shown`: a model says which ones are linear."""
     if isinstance(selection, str):
         if selection == ALL_LINEAR:
             chosen = [path for path in leaves if linear(path)]
@@ -294,15 +298,47 @@ def _select(
         names = [name for name in selection if name != ALL_LINEAR]
         if unmatched := [name for name in names if not any(_ends_with(path, name) for path in leaves)]:
             near = "; ".join(f"{name!r}: {nearest_paths(name, leaves)}" for name in unmatched)
-            raise ValueError(f"{argument} names that match nothing: {near}")
+            raise ValueError(f"{argument} names that match nothing: {near}{_of_a_state(leaves)}")
         also_linear = ALL_LINEAR in selection
         chosen = [p for p in leaves if any(_ends_with(p, name) for name in names) or (also_linear and linear(p))]
     if not chosen:
         what = selection if isinstance(selection, str) else getattr(selection, "__name__", selection)
+        remedy = _remedy(leaves, selection, argument, shown) if leaves else ""
         raise ValueError(
-            f"{argument}={what!r} matches none of {len(leaves)} arrays; {nearest_paths(str(what), leaves)}"
+            f"{argument}={what!r} matches none of {len(leaves)} arrays; {nearest_paths(str(what), leaves)}{remedy}"
         )
     return chosen
+
+
+def _remedy(leaves: Mapping[str, Any], selection: Selection, argument: str, shown: bool) -> str:
+    """What to do about a selection that matches nothing, to be put behind the nearest paths."""
+    if isinstance(selection, str) and selection != ALL_LINEAR:
+        if difflib.SequenceMatcher(None, selection.lower(), ALL_LINEAR).ratio() > 0.8:
+            return f"; did you mean {ALL_LINEAR!r}?"
+        if any(_ends_with(path, selection) for path in leaves):
+            listed = f"{argument}={[selection]!r}"
+            return f"; a string is a regular expression of the whole path, names are given as a list: {listed}"
+    elif not callable(selection) and shown:
+        return "; no product of the model is with one of them"
+    if state := _of_a_state(leaves):
+        return state
+    if not callable(selection) and ALL_LINEAR in selection:
+        return (
+            f"; {ALL_LINEAR!r} takes the kernels of linear layers by Flax's names; for other names pass model=lambda "
+            "params: apply(params, inputs), which shows them, or select them by a regular expression, with layouts= "
+            "where their axes are not certain"
+        )
+    return ""
+
+
+def _of_a_state(leaves: Mapping[str, Any]) -> str:
+    """What to do about the paths of an `nnx.State`, or of a module, which end in a step that is no name of Flax's."""
+    if not leaves or not all(path.endswith("/value") for path in leaves):
+        return ""
+    return (
+        "; in an nnx.State or an nnx.Module every path ends in /value: pass nnx.to_pure_dict(state), or leave the "
+        "choice to the model, find(state, model=lambda state: nnx.merge(graph, state)(inputs))"
+    )
 
 
 def _ends_with(path: str, name: str) -> bool:
@@ -396,11 +432,19 @@ def _group_of(
     return Group(name, paths, shape, layout, entries) if entries else None
 
 
-def _check_layers(wanted: tuple[int, ...] | None, groups: Sequence[Group]) -> None:
+def _check_layers(
+    wanted: tuple[int, ...] | None,
+    members: Mapping[tuple[str, tuple[int, ...], str], Sequence[tuple[str, int | None]]],
+) -> None:
     """Every wanted layer must be a layer of some group."""
     if wanted is None:
         return
-    present = {entry for group in groups for entry in group.entries or ()}
-    present |= {layer for group in groups for path in group.paths if (layer := _module_type(path)[1]) is not None}
+    present: set[int] = set()
+    for (_, shape, layout), found in members.items():
+        numbers = [layer for _, layer in found if layer is not None]
+        present |= set(numbers if len(numbers) == len(found) else range(shape[layout.index("l")]))
     if missing := [layer for layer in wanted if layer not in present]:
-        raise ValueError(f"layers {missing} do not exist at the selected sites; found {sorted(present) or 'none'}")
+        there = sorted(present)
+        whole = len(there) > 2 and there == list(range(there[0], there[-1] + 1))
+        named = f"{there[0]} to {there[-1]}" if whole else ", ".join(map(str, there))
+        raise ValueError(f"layers {missing} do not exist at the selected sites; there are {named}")

@@ -164,7 +164,8 @@ def test_convert_to_lora(capsys, folder, lm, tmp_path):
         capsys, "convert", folder / "ia3", tmp_path / "ia3", "--to", "lora", "--rank", "32", "--model", folder / "model"
     )
     close(deltas(tmp_path / "ia3", lm), deltas(folder / "ia3", lm))
-    assert "holds something" in refused(capsys, "convert", folder / "mos", tmp_path / "cut", "--to", "lora")
+    said = refused(capsys, "convert", folder / "mos", tmp_path / "cut", "--to", "lora")
+    assert "holds something already; choose another folder, or replace it: --overwrite" in said
     call(capsys, "convert", folder / "mos", tmp_path / "cut", "--to", "jaxpeft", "--overwrite")
     assert jaxpeft.load(tmp_path / "cut").spec == MOS
 
@@ -287,12 +288,26 @@ def test_help_shows_an_example(capsys, command):
     assert f"example:\n  jaxpeft {command} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["unknown"], ["diff", "one"], ["combine", "o", "a", "--weights", "1,x"]])
-def test_mistakes_in_the_command(capsys, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("", "jaxpeft: error: the following arguments are required: command; see jaxpeft --help"),
+        ("merg", "jaxpeft: error: argument command: unknown 'merg'; did you mean 'merge'? known: inspect, merge, "),
+        ("diff one", "jaxpeft diff: error: the following arguments are required: B; see jaxpeft diff --help"),
+        ("diff one two --tolerence 1", "jaxpeft: error: unrecognized arguments: --tolerence 1; see jaxpeft --help"),
+        ("combine o a --weights 1,x", "jaxpeft combine: error: argument --weights: '1,x': expected numbers"),
+        ("combine o a --method tyes", "argument --method: unknown 'tyes'; did you mean 'ties'? known: linear, "),
+        ("convert a o --to pft", "argument --to: unknown 'pft'; did you mean 'peft'? known: peft, jaxpeft, lora; see"),
+        ("merge m a o --dtype int8", "argument --dtype: unknown 'int8'; known: "),
+    ],
+)
+def test_mistakes_in_the_command(capsys, arguments, said):
     with pytest.raises(SystemExit) as ended:
-        main(arguments)
+        main(arguments.split())
     assert ended.value.code == 2
-    assert "usage: jaxpeft" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert said in err
+    assert (out, err.count("\n")) == ("", 1)
 
 
 def test_from_a_shell(folder, tmp_path):

@@ -233,7 +233,7 @@ def test_a_folder_is_replaced_only_on_demand_and_only_a_model(tmp_path, lm):
     folder = tmp_path / "model"
     folder.mkdir()
     models.save(folder, lm)
-    with pytest.raises(FileExistsError, match="holds something already; choose another folder or pass overwrite=True"):
+    with pytest.raises(FileExistsError, match="already; choose another folder, or replace it: --overwrite on the"):
         models.save(folder, lm)
     other = models.random(TINY, jax.random.key(1))
     models.save(folder, other, overwrite=True)

@@ -1,8 +1,11 @@
 """What `find` matches, how it groups, and what it says when it cannot."""
 
 import jax
+import numpy as np
 import pytest
 import zoo
+from flax import nnx
+from moved import moved
 
 import jaxpeft
 from jaxpeft.methods import lora
@@ -106,6 +109,56 @@ def test_nothing_matches_names_near_misses() -> None:
         jaxpeft.find(unrolled(), r"(q_proj")
 
 
+OWN = {"w1": shape(4, 4), "w2": shape(4, 4)}
+STATE = nnx.eval_shape(lambda: nnx.state(nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))))
+
+
+@pytest.mark.parametrize(
+    ("params", "selection", "options", "remedy"),
+    [
+        (OWN, "all-linear", {}, r"nearest: w1, w2; 'all-linear' takes .* by Flax's names; .* model=.* layouts="),
+        (OWN, ["all-linear"], {}, "by Flax's names"),
+        (OWN, "all-linear", {"model": lambda params: params["w1"] + 1}, "no product of the model is with one of them"),
+        (OWN, ".*/kernel", {}, "nearest: w1, w2$"),
+        (OWN, lambda path, leaf: False, {}, "arrays; nearest: w1, w2$"),
+        (unrolled(), "all_linear", {}, "did you mean 'all-linear'\\?$"),
+        (unrolled(), "AllLinear", {}, "did you mean 'all-linear'\\?$"),
+        (unrolled(), "q_proj", {}, r"regular expression of the whole path.*list: selection=\['q_proj'\]$"),
+        (unrolled(), "q_proj/kernel", {}, r"list: selection=\['q_proj/kernel'\]$"),
+        (unrolled(), ".*", {"exclude": "norm/scale"}, r"list: exclude=\['norm/scale'\]$"),
+        (STATE, "all-linear", {}, r"nnx\.to_pure_dict\(state\), or .* model="),
+        (STATE, ".*/kernel", {}, r"nnx\.to_pure_dict\(state\)"),
+        (STATE, ["kernel"], {}, r"nnx\.to_pure_dict\(state\)"),
+        ({}, "all-linear", {}, "the tree holds no arrays$"),
+    ],
+)
+def test_nothing_matches_says_what_to_do(params, selection, options, remedy) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        jaxpeft.find(params, selection, **options)
+
+
+def test_an_nnx_state_is_adapted_as_it_is() -> None:
+    class Model(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.up, self.lm_head = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 6, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.lm_head(jax.nn.relu(self.up(x)))
+
+    graph, state = nnx.split(Model(nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(0), (3, 4))
+
+    def model(state: nnx.State, x: jax.Array) -> jax.Array:
+        return nnx.merge(graph, state)(x)
+
+    sites = jaxpeft.find(state, model=lambda state: model(state, x))
+    assert [(group.name, group.layout) for group in sites] == [("up/kernel/value", "io")]  # and not the head
+    adapter = moved(jaxpeft.init(jax.random.key(1), lora.Spec(rank=2), sites), 0.1)
+    found, base = jaxpeft.adapt(model)(state, adapter, x), model(state, x)
+    np.testing.assert_allclose(found, model(jaxpeft.merge(state, adapter), x), atol=1e-6)
+    assert not np.allclose(found, base, atol=1e-3)
+
+
 def test_exclude_and_layers() -> None:
     params = unrolled()
     assert [g.name for g in jaxpeft.find(params, exclude=["v_proj"])] == ["layers/*/q_proj/kernel"]
@@ -118,8 +171,13 @@ def test_exclude_and_layers() -> None:
     (group,) = jaxpeft.find(stacked(), ["q_proj"], layers=range(1, 3))
     assert (group.entries, group.layers) == ((1, 2), 2)
     for tree in (params, stacked()):
-        with pytest.raises(ValueError, match=r"layers \[7\] do not exist.*found \[1"):
+        with pytest.raises(ValueError, match=r"layers \[7\] do not exist.*there are 0 to 2$"):
             jaxpeft.find(tree, ["q_proj"], layers=[1, 7])
+        with pytest.raises(ValueError, match="leaves no layer"):
+            jaxpeft.find(tree, ["q_proj"], layers=[])
+    for tree in (unrolled(2), stacked(2)):
+        with pytest.raises(ValueError, match=r"layers \[2\] do not exist.*there are 0, 1$"):
+            jaxpeft.find(tree, ["q_proj"], layers=[2])
     with pytest.raises(ValueError, match="no layer number and no stack axis"):
         jaxpeft.find(params, ["embed", "q_proj"], layers=[1])
 

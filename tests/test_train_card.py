@@ -84,6 +84,30 @@ def test_an_unfinished_run_has_no_card(tmp_path):
         card.write(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("command", "place", "said"),
+    [
+        ("evaluate", "model", "{}: Hugging Face model; expected the folder of a training run, which has a config.yaml"),
+        ("generate", "model", "{}: Hugging Face model; expected"),
+        ("export", "model", "{}: Hugging Face model; expected"),
+        ("evaluate", "run/adapter", "{}: adapter of jaxpeft; expected .*; the run is .*finished$"),
+        ("report", "bare", "{}: training run without its configuration; expected"),
+        ("report", "nowhere", "{}: no such folder"),
+        ("export", "nowhere", "{}: no such folder"),
+        ("chat", "empty", "{} holds neither an adapter of jaxpeft .*; it holds nothing"),
+    ],
+)
+def test_what_is_no_run_folder_is_said(finished, model, tmp_path, capsys, command, place, said):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "adapter").symlink_to(finished / "adapter")
+    path = {"model": model, "run/adapter": finished / "adapter"}.get(place, tmp_path / place)
+    assert main([command, str(path), *([str(tmp_path / "out")] if command == "export" else [])]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert re.match("error: " + said.format(re.escape(str(path))), err)
+
+
 def test_export_writes_the_merged_model(finished, model, tmp_path, capsys):
     folder = tmp_path / "exported"
     assert main(["export", str(finished), str(folder), "--max-shard-size", "20KB"]) == 0
@@ -95,7 +119,7 @@ def test_export_writes_the_merged_model(finished, model, tmp_path, capsys):
     assert found.tokenizer.chat_template == base.tokenizer.chat_template
     assert main(["export", str(finished), str(folder)]) == 1
     assert "error: " in (said := capsys.readouterr().err)
-    assert "holds something already" in said
+    assert "holds something already; choose another folder, or replace it: --overwrite" in said
     assert main(["export", str(finished), str(folder), "--overwrite", "--dtype", "bfloat16"]) == 0
     assert models.load(folder).config.param_dtype == "bfloat16"
 

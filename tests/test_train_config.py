@@ -1,5 +1,7 @@
 """Configurations: every mistake at once, overrides, and a round trip."""
 
+import re
+
 import pytest
 
 from train import config
@@ -71,6 +73,27 @@ def test_all_mistakes_are_listed_at_once_with_their_path():
     ):
         assert expected in text
     assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (
+            "{name: lora, rank: 0, naem: 1}",
+            ["method.naem: unknown key; did you mean name?", "method: lora.Spec: rank=0, expected at least 1"],
+        ),
+        ("{name: lora, rank: 2, xyz: 1}", ["method.xyz: unknown key; expected one of alpha, .*, rank, name$"]),
+        # What a misspelt key says is not known, so neither is whether the others go with it.
+        (
+            "{name: mos, rank: 8, equivalent_rank: 1, private_rnak: 0}",
+            ["method.private_rnak: unknown key; did you mean private_rank?"],
+        ),
+    ],
+)
+def test_values_of_a_method_are_checked_beside_unknown_keys(method, expected):
+    found = problems(VALID.replace("{name: lora, rank: 2}", method))
+    assert len(found) == len(expected)
+    assert all(re.match(line.replace("?", r"\?"), problem) for line, problem in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_the_table(model, capsys) -> None:
     assert ia3.startswith("ia3 ")
     assert "base parameters at 7 kinds of weights" in total
     assert main(["methods", "--model", str(model), "--method", "moss"]) == 2
-    assert "unknown method 'moss'" in capsys.readouterr().err
+    assert "unknown method 'moss'; did you mean 'mos'? known: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", METHODS)

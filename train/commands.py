@@ -111,12 +111,13 @@ def export(options: argparse.Namespace, console: Console) -> None:
     from jaxpeft import models
     from train import config, fit, job, run
 
-    subject = job.subject(config.load(Path(options.run) / "config.yaml"))
+    folder = _run_folder(options.run)
+    subject = job.subject(config.load(folder / "config.yaml"))
     try:
         models.save(
             options.folder,
             subject.model,
-            fit.trained(subject, Path(options.run)),
+            fit.trained(subject, folder),
             dtype=options.dtype,
             max_shard_size=options.max_shard_size,
             overwrite=options.overwrite,
@@ -131,9 +132,10 @@ def report(options: argparse.Namespace, console: Console) -> None:
     """Writes what there is to read of a finished run again."""
     from train import card, fit, report
 
-    page = report.write(Path(options.run))
-    card.write(Path(options.run))
-    fit.show(console, Path(options.run))
+    folder = _run_folder(options.run)
+    page = report.write(folder)
+    card.write(folder)
+    fit.show(console, folder)
     console.print(f"report  {page}", highlight=False)
 
 
@@ -240,5 +242,23 @@ def _run_or_config(path: str, overrides: Sequence[str]):
     from train import config
 
     if Path(path).is_dir():
-        return config.load(Path(path) / "config.yaml", overrides), Path(path)
+        folder = _run_folder(path)
+        return config.load(folder / "config.yaml", overrides), folder
     return config.load(path, overrides), None
+
+
+def _run_folder(path: str) -> Path:
+    """The folder of a run; otherwise a RunError says what is there."""
+    from jaxpeft.cli import inspecting, sources
+    from train import run
+
+    folder = Path(path)
+    if (folder / "config.yaml").is_file():
+        return folder
+    try:
+        kind = sources.find(folder).kind
+    except (ValueError, FileNotFoundError) as error:
+        raise run.RunError(str(error)) from None
+    what = "training run without its configuration" if kind == "run" else inspecting.NAMES[kind]
+    hint = f"; the run is {folder.parent}" if (folder.parent / "config.yaml").is_file() else ""
+    raise run.RunError(f"{folder}: {what}; expected the folder of a training run, which has a config.yaml{hint}")

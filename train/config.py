@@ -324,8 +324,8 @@ def _override(tree: dict, override: str) -> Iterator[str]:
     tree[leaf] = value
 
 
-def _section(kind: type, name: str, value: Any) -> tuple[Any, list[str]]:
-    """A section's dataclass (None if invalid) and its problems."""
+def _section(kind: type, name: str, value: Any, others: Sequence[str] = ()) -> tuple[Any, list[str]]:
+    """A section's dataclass (None if invalid) and its problems; `others` are keys that were read before."""
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
@@ -335,7 +335,14 @@ def _section(kind: type, name: str, value: Any) -> tuple[Any, list[str]]:
         return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True, extra="forbid"), []
     except ValidationError as error:
         names = [f.name for f in dataclasses.fields(kind)]
-        return None, list(dict.fromkeys(_explain(name, names, value, detail) for detail in error.errors()))
+        problems = [_explain(name, [*names, *others], value, detail) for detail in error.errors()]
+        # A dataclass checks its values together only if all keys are known. Without those that are not it does, unless
+        # one of them is a known one misspelt, whose default could be what is wrong.
+        known = {key: v for key, v in value.items() if key in names}
+        unknown = [key for key in value if key not in names]
+        if unknown and len(unknown) == len(problems) and not any(_close(key, names) for key in unknown):
+            problems += _section(kind, name, known)[1]
+        return None, list(dict.fromkeys(problems))
 
 
 def _explain(name: str, names: list[str], value: Mapping, detail: Mapping) -> str:
@@ -361,9 +368,13 @@ def _method(value: Any) -> tuple[Any, list[str]]:
     name = value["name"]
     if name not in METHODS:
         return None, [f"method.name: unknown method {name!r}{_nearest(str(name), list(METHODS))}"]
-    return _section(METHODS[name].Spec, "method", {key: v for key, v in value.items() if key != "name"})
+    return _section(METHODS[name].Spec, "method", {key: v for key, v in value.items() if key != "name"}, ["name"])
 
 
 def _nearest(name: str, choices: Sequence[str]) -> str:
-    match = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
+    match = _close(name, choices)
     return f"; did you mean {match[0]}?" if match else f"; expected one of {', '.join(choices)}"
+
+
+def _close(name: str, choices: Sequence[str]) -> list[str]:
+    return difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)

@@ -10,7 +10,7 @@ from typing import Any
 import jaxpeft
 from jaxpeft import models
 from jaxpeft.methods import METHODS, TYPICAL
-from jaxpeft.spec import Card
+from jaxpeft.spec import Card, nearest
 from jaxpeft.table import table
 from train.config import ConfigError
 
@@ -52,7 +52,7 @@ def rows(found: jaxpeft.Sites, parameters: int, names: Sequence[str] = ()) -> It
     """Every method, or the named ones, at the budget that comes closest to `parameters`."""
     for name in names or METHODS:
         if name not in METHODS:
-            raise ConfigError([f"--method: unknown method {name!r}; one of {', '.join(METHODS)}"])
+            raise ConfigError([f"--method: unknown method {name!r}; {nearest(name, METHODS)}"])
         card, spec = METHODS[name].CARD, TYPICAL[name]
         if not card.budget:
             yield Row(name, card, "", None)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import jax
 
+from jaxpeft.cli.parsing import Parser
 from jaxpeft.combine import How
 from jaxpeft.models.shards import DTYPES
 
@@ -106,7 +107,7 @@ def _weights(text: str) -> list[float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="jaxpeft",
         description="Work with adapter and model files.",
         epilog=NOTES,
