@@ -12,7 +12,8 @@ from jax import Array
 
 from jaxpeft import switches
 from jaxpeft.layout import from_matrix, to_matrix
-from jaxpeft.sites import Group, Sites, flatten, nearest_paths
+from jaxpeft.selection import nearest_paths
+from jaxpeft.sites import Group, Sites, flatten
 from jaxpeft.spec import Spec, alpha_of, check_kinds, kind_of, method_of, name_of
 from jaxpeft.table import html_table
 from jaxpeft.updates import Update

@@ -13,7 +13,8 @@ from jaxpeft.blocks import Quantized, dequantized, encode, is_quantized
 from jaxpeft.formats import KINDS
 from jaxpeft.layout import axes
 from jaxpeft.qarray import from_qwix, to_qwix
-from jaxpeft.sites import ALL_LINEAR, Selection, find, flatten
+from jaxpeft.selection import ALL_LINEAR, Selection
+from jaxpeft.sites import find, flatten
 
 __all__ = ["KINDS", "Quantized", "dequantize", "from_qwix", "nbytes", "quantize", "shardings", "to_qwix"]
 

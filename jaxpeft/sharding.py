@@ -23,7 +23,8 @@ from jaxpeft.adapter import Adapter
 from jaxpeft.blocks import is_quantized
 from jaxpeft.layout import axes as axes_of
 from jaxpeft.quantize import shardings as of_blocks
-from jaxpeft.sites import Group, flatten, nearest_paths, paths_and_leaves, with_leaves
+from jaxpeft.selection import nearest_paths
+from jaxpeft.sites import Group, flatten, paths_and_leaves, with_leaves
 from jaxpeft.updates import PerShard, Update
 
 Rules = Sequence[tuple[str, PartitionSpec]]

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import hmac
 import math
-import os
 import secrets
 import signal
 import socket
@@ -23,14 +22,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from train import openai_api
 from train.engine import Engine
 from train.openai_api import ApiError, Asked, ChatAsked, CompletionAsked, Reply
 from train.request import Answer, Closed, QueueFull, Request, TooLong
 from train.resident import Resident, Residents
-from train.serve_metrics import Metrics
+from train.serve_metrics import Counted, Metrics
 from train.template import Template, TemplateError
 from train.text import Text
 
@@ -330,36 +328,6 @@ def app(service: Service) -> FastAPI:
     return made
 
 
-class Counted:
-    """Counts what is asked under ``/v1``, by the route and by how it ended: as ASGI goes, an application around one.
-
-    Args:
-      app: the application.
-      metrics: that count.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self.app, self.metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request, as the application does."""
-
-        async def watched(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                scope.setdefault("answered", message["status"])
-            await send(message)
-
-        try:
-            await self.app(scope, receive, watched)
-        except Exception:
-            scope["answered"] = 500
-            raise
-        finally:
-            # Paths that are no route would be as many series as anybody likes to ask for.
-            if path := getattr(scope.get("route"), "path", ""):
-                self.metrics.count(path, scope.get("answered", 499))
-
-
 async def _whole(ongoing: Ongoing) -> tuple[str, str]:
     async with contextlib.aclosing(ongoing.pieces()) as pieces:
         found = [piece async for piece in pieces]
@@ -435,15 +403,3 @@ def run(service: Service, address: socket.socket, grace: float, ready: Callable[
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def api_keys(given: Sequence[str] | None) -> list[str]:
-    """The keys of the command line and of ``JAXPEFT_API_KEY``, which other users of the machine do not see.
-
-    Raises:
-      ValueError: one is blank, as of a variable that is not set.
-    """
-    keys = [*(given or ()), *filter(None, os.environ.get("JAXPEFT_API_KEY", "").split(","))]
-    if any(not key.strip() for key in keys):
-        raise ValueError("--api-key: a key is blank, which would keep nobody out")
-    return [key.strip() for key in keys]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from train.engine import Engine
 
@@ -47,3 +48,33 @@ class Metrics:
     def text(self) -> bytes:
         """All figures, as Prometheus reads them."""
         return generate_latest(self.registry)
+
+
+class Counted:
+    """Counts what is asked under ``/v1``, by the route and by how it ended: as ASGI goes, an application around one.
+
+    Args:
+      app: the application.
+      metrics: that count.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request, as the application does."""
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                scope.setdefault("answered", message["status"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception:
+            scope["answered"] = 500
+            raise
+        finally:
+            # Paths that are no route would be as many series as anybody likes to ask for.
+            if path := getattr(scope.get("route"), "path", ""):
+                self.metrics.count(path, scope.get("answered", 499))

@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxpeft.models import LanguageModel
@@ -48,7 +50,7 @@ def service(options: argparse.Namespace) -> serve.Service:
         if not 0 < getattr(options, option) < math.inf:
             raise ConfigError([f"--{option}: expected more than 0 seconds, found {getattr(options, option)}"], "serve")
     try:
-        keys = serve.api_keys(options.api_key)
+        keys = api_keys(options.api_key)
     except ValueError as error:
         raise ConfigError([str(error)], "serve") from None
     # A path's own name also where it is given as `.`; the name of a hub's model stays as it is.
@@ -72,6 +74,18 @@ def service(options: argparse.Namespace) -> serve.Service:
         residents = Residents(folder, engine.base, tokenizer=template.fingerprint, check=engine.check, reserved=(name,))
         residents.scan()
     return serve.Service(engine, template, residents, name, keys, options.timeout)
+
+
+def api_keys(given: Sequence[str] | None) -> list[str]:
+    """The keys of the command line and of ``JAXPEFT_API_KEY``, which other users of the machine do not see.
+
+    Raises:
+      ValueError: one is blank, as of a variable that is not set.
+    """
+    keys = [*(given or ()), *filter(None, os.environ.get("JAXPEFT_API_KEY", "").split(","))]
+    if any(not key.strip() for key in keys):
+        raise ValueError("--api-key: a key is blank, which would keep nobody out")
+    return [key.strip() for key in keys]
 
 
 def _model(parsed: Config) -> LanguageModel:

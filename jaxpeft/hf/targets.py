@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxpeft.hf import native
 from jaxpeft.names import HEADS
-from jaxpeft.sites import ALL_LINEAR
+from jaxpeft.selection import ALL_LINEAR
 from jaxpeft.spec import Spec, nearest
 
 _COMMON = (

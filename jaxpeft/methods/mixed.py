@@ -10,7 +10,8 @@ import jax
 from jax import Array
 
 from jaxpeft import spec as base
-from jaxpeft.sites import Group, Sites, nearest_paths
+from jaxpeft.selection import nearest_paths
+from jaxpeft.sites import Group, Sites
 from jaxpeft.updates import Update
 
 CARD = base.Card(
