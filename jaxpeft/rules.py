@@ -167,22 +167,25 @@ def gather(params: dict, value: Any, indices: Any) -> Any:
     if not takes_rows:
         return NotImplemented
 
-    def take(matrix: Array) -> Array:
-        changed: dict[str, Any] = {"slice_sizes": (1, matrix.shape[1])}
-        if not jnp.issubdtype(matrix.dtype, jnp.floating):  # Codes; their scales are filled instead.
-            changed["fill_value"] = 0
-        return primitives.gather_p.bind(matrix, indices, **{**params, **changed})
+    def take(matrix: Array, **changed: Any) -> Array:
+        return primitives.gather_p.bind(matrix, indices, **{**params, "slice_sizes": (1, matrix.shape[1]), **changed})
+
+    def take_or_zero(matrix: Array) -> Array:
+        return take(matrix, fill_value=0)
+
+    def take_part(array: Array) -> Array:  # Scales are filled as the weight is, and their codes with what leaves that.
+        return take(array) if jnp.issubdtype(array.dtype, jnp.floating) else take_or_zero(array)
 
     weight = _transposed(value.weight, value.order)
     if isinstance(weight, Quantized):
         fill = params["fill_value"]
         if weight.axis != -1 or not (fill is None or fill == 0 or fill != fill):
             return NotImplemented  # A row has parts of many blocks, or scales cannot say what it is filled with.
-        rows = jax.tree.map(take, weight).dequantize()
+        rows = jax.tree.map(take_part, weight).dequantize()
     else:
         rows = take(weight)
-    for update in value.updates:
-        delta = update.delta_rows(take) if update.additive else None
+    for update in value.updates:  # Past the last row there is what the model fills in, and nothing is added to it.
+        delta = update.delta_rows(take_or_zero) if update.additive else None
         if delta is None:
             return NotImplemented
         rows = rows + delta.astype(rows.dtype)

@@ -126,6 +126,16 @@ FUSED = {
     "gradient inside the model": ((IN, OUT), "io", lambda p: jax.grad(lambda x: jnp.sum(jnp.sin(x @ p["w"])))(X)),
     "embedding rows": ((IN, OUT), "io", lambda p: jnp.take(p["w"], jnp.array([[0, 3], [5, 1]]), axis=0)),
     "embedding by index": ((IN, OUT), "io", lambda p: p["w"][jnp.array([[0, 3], [5, 1]])]),
+    "embedding rows past the last, filled with a value": (
+        (IN, OUT),
+        "io",
+        lambda p: jnp.take(p["w"], jnp.array([0, IN, 2 * IN]), axis=0, mode="fill", fill_value=1.0),
+    ),
+    "embedding rows past the last, filled with NaN": (
+        (IN, OUT),
+        "io",
+        lambda p: jnp.nan_to_num(jnp.take(p["w"], jnp.array([0, IN, 2 * IN]), axis=0, mode="fill")),
+    ),
     "embedding used twice": ((IN, OUT), "io", lambda p: p["w"][jnp.array([0, 3])] @ p["w"].T),
 }
 
