@@ -51,17 +51,27 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     x_stack = [x_batch[batched.index(axis)] for axis in stack if axis in batched]
     x_features = [x_contract[contracted.index(axis)] for axis in sorted(contracted)]
     x_free = [axis for axis in range(x.ndim) if axis not in (*x_batch, *x_contract)]
+    result = None if additive else jax.eval_shape(frozen, value.weight, x)
+    dtype = x.dtype if result is None else result.dtype  # Of x·W', or of x·ΔW as a method gives it.
+
+    def features(letter: str) -> int:
+        return math.prod(value.dims(letter))
 
     def product(updates: tuple[Update, ...], matrix: Array | None, rows: Array) -> Array:
         def forward(rows: Array) -> Array:
             return _product(updates, base, rows)
 
-        base = None if matrix is None else Base(matrix, partial(_dot, params, matrix))
         if not backwards:
+            base = None if matrix is None else Base(matrix, partial(_dot, params, matrix))
             return forward(rows)
-        like = jax.ShapeDtypeStruct((*rows.shape[:-1], math.prod(value.dims("i"))), rows.dtype)
+        # The sums are of the type that the rows of the transpose have, so those have the widest: nothing is rounded
+        # before it is summed. They are made of `rows`, to vary over the same axes of a mesh.
+        wide = jnp.promote_types(rows.dtype, dtype)
+        kept = {**params, "preferred_element_type": wide}
+        base = None if matrix is None else Base(matrix, partial(_dot, kept, matrix))
+        like = jax.eval_shape(partial(jnp.zeros_like, shape=(*rows.shape[:-1], features("i")), dtype=wide), rows)
         out = jax.eval_shape(forward, like)
-        return jax.linear_transpose(forward, like)(rows.astype(out.dtype))[0]
+        return jax.linear_transpose(forward, like)(rows.astype(out.dtype))[0].astype(dtype)
 
     def over(stack: Sequence[int], updates: tuple[Update, ...], matrix: Array | None, rows: Array) -> Array:
         if not stack:
@@ -74,7 +84,7 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     def computed(updates: tuple[Update, ...], weight: Array | Quantized | None, x: Array) -> Array:
         # x as (*batched stack, *free, features) in the order of the weight's own axes.
         rows = jnp.transpose(x, [*x_stack, *x_free, *x_features])
-        rows = rows.reshape(*rows.shape[: len(x_stack) + len(x_free)], -1)
+        rows = rows.reshape(*rows.shape[: len(x_stack) + len(x_free)], features("o" if backwards else "i"))
         with _precision(params["precision"]):
             y = over(stack, updates, None if weight is None else to_matrix(weight, value.layout), rows)
         y = y.reshape(*y.shape[:-1], *(value.weight.shape[axis] for axis in outs))
@@ -86,10 +96,9 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
         want += free_of_value + free_of_x if on_left else free_of_x + free_of_value
         return jnp.transpose(y, [have.index(axis) for axis in want])
 
-    if not additive:
-        like = jax.eval_shape(frozen, value.weight, x)
+    if result is not None:
         again = jax.checkpoint(computed) if quantized else computed  # As in `_frozen`.
-        return in_auto(again, like)(value.updates, value.weight, x)
+        return in_auto(again, result)(value.updates, value.weight, x)
     y = frozen(value.weight, x)
     return y + in_auto(lambda updates, x: computed(updates, None, x).astype(y.dtype), y)(value.updates, x)
 

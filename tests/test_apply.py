@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft
-from jaxpeft.methods import lora
+from jaxpeft.methods import hira, ia3, lokr, lora
 from jaxpeft.updates import Base, Update
 from jaxpeft.values import Adapted
 
@@ -208,6 +208,34 @@ def test_low_precision_keeps_factors_in_float32() -> None:
     out = jaxpeft.adapt(fn)(half, adapter, X.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), fn(jaxpeft.merge(base, adapter), X), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("equation", ["bi,io->bo", "bo,io->bi"])
+@pytest.mark.parametrize(
+    ("operands", "preferred"), [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16")]
+)
+@pytest.mark.parametrize("spec", [lora.Spec(rank=2), lora.Spec(rank=2, dora=True), hira.Spec(rank=2), ia3.Spec()])
+def test_a_product_gives_the_type_the_model_prefers(spec, operands, preferred, equation) -> None:
+    base = {"w": jax.random.normal(jax.random.key(0), (64, 64), operands)}
+    sites = jaxpeft.find(base, "w", layouts={"w": "io"})
+    adapter = jaxpeft.init(jax.random.key(1), spec, sites, weights=base)
+    x = jax.random.normal(jax.random.key(2), (4, 64), operands)
+
+    def fn(p, x):
+        return jnp.einsum(equation, x, p["w"], preferred_element_type=preferred)
+
+    found, expected = jaxpeft.adapt(fn)(base, adapter, x), fn(base, x)  # The same: an update is zero at the start.
+    assert found.dtype == expected.dtype == preferred
+    tolerance = 1e-5 if preferred == "float32" else 0.01
+    np.testing.assert_allclose(*(y.astype("float32") for y in (found, expected)), rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("spec", [lora.Spec(rank=2), lora.Spec(rank=2, dora=True), lokr.Spec(rank=1, alpha=2)])
+def test_a_batch_of_no_rows(spec) -> None:
+    base = {"w": jax.random.normal(jax.random.key(0), (IN, OUT))}
+    adapter = jaxpeft.init(jax.random.key(1), spec, jaxpeft.find(base, "w", layouts={"w": "io"}), weights=base)
+    assert jaxpeft.adapt(lambda p, x: x @ p["w"])(base, adapter, X[:0]).shape == (0, OUT)
+    assert jaxpeft.adapt(lambda p, y: y @ p["w"].T)(base, adapter, Y[:0]).shape == (0, IN)
 
 
 def test_dropout_in_an_unrolled_model_and_where_a_weight_is_formed() -> None:
