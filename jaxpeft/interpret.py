@@ -50,8 +50,8 @@ def interpret(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Any], needed: Sequence[bo
             if any(isinstance(operand, Adapted) for operand in operands):
                 if primitive in CONTROL_FLOW:
                     results = CONTROL_FLOW[primitive](equation.params, wanted, operands)
-                elif primitive in rules.RULES:
-                    results = rules.RULES[primitive](equation.params, *operands)
+                elif rule := rules.rule_of(primitive):
+                    results = rule(equation.params, *operands)
                 if results is NotImplemented:
                     operands = [read_formed(atom, primitive.name) for atom in equation.invars]
             if results is NotImplemented:

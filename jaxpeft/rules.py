@@ -338,13 +338,41 @@ def stop_gradient(params: dict, value: Adapted) -> Adapted:
     return jax.tree.map(lambda leaf: primitives.stop_gradient_p.bind(leaf, **params), value)
 
 
-def on_weight(primitive: jex.Primitive) -> Callable:
+def pvary(params: dict, value: Adapted) -> Adapted:
+    """In `jax.shard_map`: each device has its own value. Then what is summed over them are gradients of factors."""
+    return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, tuple(params["axes"]), to="varying"), value)
+
+
+def optimization_barrier(params: dict, *operands: Any) -> list[Any]:
+    """A barrier for the weights and what stands beside them; the factors are no values of the model."""
+    arrays, structure = jax.tree.flatten([x.weight if isinstance(x, Adapted) else x for x in operands])
+    behind = structure.unflatten(jax.lax.optimization_barrier_p.bind(*arrays, **params))
+    pairs = zip(operands, behind, strict=True)
+    return [dataclasses.replace(x, weight=y) if isinstance(x, Adapted) else y for x, y in pairs]
+
+
+def device_put(params: dict, *operands: Any) -> Any:
+    """Between the memories of host and device, with the factors: products need all in one."""
+    places = params["devices"]
+    if not all(place is None or isinstance(place, jax.memory.Space) for place in places):
+        return NotImplemented  # Where the factors should go is not said.
+    return [jax.device_put(x, place) for x, place in zip(operands, places, strict=True)]
+
+
+def reshard(params: dict, value: Adapted) -> Any:
+    """The weight lies otherwise; its factors stay, for how their products lie is the compiler's to choose."""
+    if isinstance(value.weight, Quantized):
+        return NotImplemented  # What splits the floats need not split their blocks.
+    return on_weight(lambda floats, **_: jax.sharding.reshard(floats, params["dst_sharding"]))(params, value)
+
+
+def on_weight(operation: Callable[..., Array]) -> Callable:
     """Rule of an operation that leaves the values as they are: it is done to the weight alone."""
 
     def rule(params: dict, value: Adapted) -> Adapted:
         if isinstance(value.weight, Quantized):  # What is asked of its floats is not asked of its codes.
             return value
-        done = primitive.bind(jnp.transpose(value.weight, value.order), **params)
+        done = operation(jnp.transpose(value.weight, value.order), **params)
         back = [value.order.index(axis) for axis in range(done.ndim)]
         return dataclasses.replace(value, weight=jnp.transpose(done, back))
 
@@ -388,7 +416,17 @@ RULES: dict[jex.Primitive, Callable[..., Any]] = {
     primitives.slice_p: slice_,
     primitives.dynamic_slice_p: dynamic_slice,
     primitives.stop_gradient_p: stop_gradient,
-    primitives.sharding_constraint_p: on_weight(primitives.sharding_constraint_p),
-    primitives.copy_p: on_weight(primitives.copy_p),
-    primitives.name_p: on_weight(primitives.name_p),
+    primitives.device_put_p: device_put,
+    jax.lax.optimization_barrier_p: optimization_barrier,
+    primitives.sharding_constraint_p: on_weight(primitives.sharding_constraint_p.bind),
+    primitives.copy_p: on_weight(primitives.copy_p.bind),
+    primitives.name_p: on_weight(primitives.name_p.bind),
 }
+
+RULES_BY_NAME: dict[str, Callable[..., Any]] = {"pvary": pvary, "reshard": reshard}
+"""Rules of primitives that jax gives no public name."""
+
+
+def rule_of(primitive: jex.Primitive) -> Callable[..., Any] | None:
+    """How a primitive computes with adapted weights; None where they have to be formed."""
+    return RULES.get(primitive) or RULES_BY_NAME.get(primitive.name)
