@@ -167,7 +167,14 @@ def _cond(params: dict, needed: Sequence[bool], operands: Sequence[Any]) -> list
         return lambda *operands: evaluate(jaxpr, operands, needed)
 
     index, *operands = operands
-    results = jax.lax.switch(jnp.asarray(index, jnp.int32), [branch(jaxpr) for jaxpr in params["branches"]], *operands)
+    branches = [branch(jaxpr) for jaxpr in params["branches"]]
+    if platforms := params.get("branches_platforms"):  # Then a branch may not even compile for another platform.
+        by_platform = {
+            name: at for names, at in zip(platforms, branches, strict=True) for name in names or ("default",)
+        }
+        results = jax.lax.platform_dependent(*operands, **by_platform)
+    else:
+        results = jax.lax.switch(jnp.asarray(index, jnp.int32), branches, *operands)
     return _filled(results, needed, {})
 
 

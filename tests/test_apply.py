@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import zoo
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -115,6 +116,13 @@ FUSED = {
     "vmap over layers": ((STACK, IN, OUT), "lio", lambda p: jax.vmap(lambda w: X @ w)(p["w"])),
     "while": ((IN, OUT), "io", lambda p: jax.lax.fori_loop(0, 3, lambda i, y: y + X @ p["w"], jnp.zeros((4, OUT)))),
     "cond": ((IN, OUT), "io", lambda p: jax.lax.cond(X[0, 0] > 0, lambda w: X @ w, lambda w: 2 * X @ w, p["w"])),
+    "a branch for each platform": (
+        (IN, OUT),
+        "io",
+        lambda p: jax.lax.platform_dependent(
+            p["w"], cpu=lambda w: X @ w, tpu=lambda w: 2 * X @ w, cuda=lambda w: 3 * X @ w
+        ),
+    ),
     "stop_gradient": ((IN, OUT), "io", lambda p: X @ jax.lax.stop_gradient(p["w"])),
     "sharding constraint": (
         (OUT, IN),
@@ -270,6 +278,26 @@ def test_resharded_in_a_loop_on_explicit_axes() -> None:
         x = jax.device_put(X, NamedSharding(mesh, P("data")))
         assert jaxpeft.explain(fn, base, adapter, x).fused == ("w",)
         np.testing.assert_allclose(jax.jit(jaxpeft.adapt(fn))(base, adapter, x), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_a_branch_for_another_platform_is_not_compiled_for_this_one() -> None:
+    """A kernel written for TPUs beside the product that stands for it elsewhere."""
+
+    def kernel(x, w, out):
+        out[...] = x[...] @ w[...]
+
+    def on_tpu(x, w):
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((4, OUT), jnp.float32))(x, w)
+
+    def fn(p, x):
+        return jax.lax.platform_dependent(x, p["w"], tpu=on_tpu, default=lambda x, w: x @ w)
+
+    base, adapter = adapted((IN, OUT), "io")
+    expected = X @ jaxpeft.merge(base, adapter)["w"]
+    with pytest.warns(jaxpeft.MaterializeWarning, match="pallas_call"):
+        found = jax.jit(jaxpeft.adapt(fn))(base, adapter, X)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(jaxpeft.adapt(fn)(base, adapter, X), expected, atol=1e-4)
 
 
 def test_a_weight_inside_custom_vjp_is_formed() -> None:
