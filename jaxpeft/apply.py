@@ -162,7 +162,7 @@ def _evaluate(
         return fn(base, *args, **kwargs)
 
     leaves = paths_and_leaves(base)
-    shapes = [as_floats(leaf) for _, leaf in leaves]
+    shapes = [as_floats(values[path].weight if path in values else leaf) for path, leaf in leaves]
     jaxpr, out_shape = jax.make_jaxpr(plain, return_shape=True)(with_leaves(base, shapes), dynamic)
     weights = [values.get(path) or (_quantized(path, leaf) if is_quantized(leaf) else leaf) for path, leaf in leaves]
     with recording() as uses:
@@ -207,7 +207,19 @@ def _adapted_weights(
                     f"two adapters disagree on the layout of {path}: {values[path].layout}, {group.layout}"
                 )
             values[path] = dataclasses.replace(values[path], updates=(*values[path].updates, update))
-    return values
+    return {path: _varying_alike(value) for path, value in values.items()}
+
+
+def _varying_alike(value: Adapted) -> Adapted:
+    """In `jax.shard_map`: a weight differs between devices where its updates do, and the model is traced with that."""
+    varying = [jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(value)]
+    axes = frozenset().union(*varying)
+
+    def vary(leaf: Array) -> Array:
+        missing = tuple(sorted(axes - jax.typeof(leaf).mat.varying))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, value) if axes else value
 
 
 def _check_outputs(found: Mapping[str, tuple[Group, Update]], leaves: Mapping[str, Any]) -> None:

@@ -170,9 +170,9 @@ def as_floats(leaf: Any) -> Any:
     """What a model is traced with in place of a leaf: the shape of its floats where it is in few bits."""
     if not isinstance(leaf, Quantized):
         return leaf
-    at = jax.typeof(leaf.codes).sharding
-    explicit = AxisType.Explicit in at.mesh.axis_types
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at if explicit else None)
+    codes = jax.typeof(leaf.codes)
+    sharding = codes.sharding if AxisType.Explicit in codes.sharding.mesh.axis_types else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, manual_axis_type=codes.mat)
 
 
 def dequantized(weight: Any) -> Any:

@@ -50,8 +50,8 @@ def interpret(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Any], needed: Sequence[bo
             if any(isinstance(operand, Adapted) for operand in operands):
                 if primitive in CONTROL_FLOW:
                     results = CONTROL_FLOW[primitive](equation.params, wanted, operands)
-                elif primitive in rules.RULES:
-                    results = rules.RULES[primitive](equation.params, *operands)
+                elif rule := rules.rule_of(primitive):
+                    results = rule(equation.params, *operands)
                 if results is NotImplemented:
                     operands = [read_formed(atom, primitive.name) for atom in equation.invars]
             if results is NotImplemented:
@@ -167,7 +167,14 @@ def _cond(params: dict, needed: Sequence[bool], operands: Sequence[Any]) -> list
         return lambda *operands: evaluate(jaxpr, operands, needed)
 
     index, *operands = operands
-    results = jax.lax.switch(jnp.asarray(index, jnp.int32), [branch(jaxpr) for jaxpr in params["branches"]], *operands)
+    branches = [branch(jaxpr) for jaxpr in params["branches"]]
+    if platforms := params.get("branches_platforms"):  # Then a branch may not even compile for another platform.
+        by_platform = {
+            name: at for names, at in zip(platforms, branches, strict=True) for name in names or ("default",)
+        }
+        results = jax.lax.platform_dependent(*operands, **by_platform)
+    else:
+        results = jax.lax.switch(jnp.asarray(index, jnp.int32), branches, *operands)
     return _filled(results, needed, {})
 
 

@@ -51,17 +51,27 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     x_stack = [x_batch[batched.index(axis)] for axis in stack if axis in batched]
     x_features = [x_contract[contracted.index(axis)] for axis in sorted(contracted)]
     x_free = [axis for axis in range(x.ndim) if axis not in (*x_batch, *x_contract)]
+    result = None if additive else jax.eval_shape(frozen, value.weight, x)
+    dtype = x.dtype if result is None else result.dtype  # Of x·W', or of x·ΔW as a method gives it.
+
+    def features(letter: str) -> int:
+        return math.prod(value.dims(letter))
 
     def product(updates: tuple[Update, ...], matrix: Array | None, rows: Array) -> Array:
         def forward(rows: Array) -> Array:
             return _product(updates, base, rows)
 
-        base = None if matrix is None else Base(matrix, partial(_dot, params, matrix))
         if not backwards:
+            base = None if matrix is None else Base(matrix, partial(_dot, params, matrix))
             return forward(rows)
-        like = jax.ShapeDtypeStruct((*rows.shape[:-1], math.prod(value.dims("i"))), rows.dtype)
+        # The sums are of the type that the rows of the transpose have, so those have the widest: nothing is rounded
+        # before it is summed. They are made of `rows`, to vary over the same axes of a mesh.
+        wide = jnp.promote_types(rows.dtype, dtype)
+        kept = {**params, "preferred_element_type": wide}
+        base = None if matrix is None else Base(matrix, partial(_dot, kept, matrix))
+        like = jax.eval_shape(partial(jnp.zeros_like, shape=(*rows.shape[:-1], features("i")), dtype=wide), rows)
         out = jax.eval_shape(forward, like)
-        return jax.linear_transpose(forward, like)(rows.astype(out.dtype))[0]
+        return jax.linear_transpose(forward, like)(rows.astype(out.dtype))[0].astype(dtype)
 
     def over(stack: Sequence[int], updates: tuple[Update, ...], matrix: Array | None, rows: Array) -> Array:
         if not stack:
@@ -74,7 +84,7 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     def computed(updates: tuple[Update, ...], weight: Array | Quantized | None, x: Array) -> Array:
         # x as (*batched stack, *free, features) in the order of the weight's own axes.
         rows = jnp.transpose(x, [*x_stack, *x_free, *x_features])
-        rows = rows.reshape(*rows.shape[: len(x_stack) + len(x_free)], -1)
+        rows = rows.reshape(*rows.shape[: len(x_stack) + len(x_free)], features("o" if backwards else "i"))
         with _precision(params["precision"]):
             y = over(stack, updates, None if weight is None else to_matrix(weight, value.layout), rows)
         y = y.reshape(*y.shape[:-1], *(value.weight.shape[axis] for axis in outs))
@@ -86,10 +96,9 @@ def dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
         want += free_of_value + free_of_x if on_left else free_of_x + free_of_value
         return jnp.transpose(y, [have.index(axis) for axis in want])
 
-    if not additive:
-        like = jax.eval_shape(frozen, value.weight, x)
+    if result is not None:
         again = jax.checkpoint(computed) if quantized else computed  # As in `_frozen`.
-        return in_auto(again, like)(value.updates, value.weight, x)
+        return in_auto(again, result)(value.updates, value.weight, x)
     y = frozen(value.weight, x)
     return y + in_auto(lambda updates, x: computed(updates, None, x).astype(y.dtype), y)(value.updates, x)
 
@@ -167,22 +176,25 @@ def gather(params: dict, value: Any, indices: Any) -> Any:
     if not takes_rows:
         return NotImplemented
 
-    def take(matrix: Array) -> Array:
-        changed: dict[str, Any] = {"slice_sizes": (1, matrix.shape[1])}
-        if not jnp.issubdtype(matrix.dtype, jnp.floating):  # Codes; their scales are filled instead.
-            changed["fill_value"] = 0
-        return primitives.gather_p.bind(matrix, indices, **{**params, **changed})
+    def take(matrix: Array, **changed: Any) -> Array:
+        return primitives.gather_p.bind(matrix, indices, **{**params, "slice_sizes": (1, matrix.shape[1]), **changed})
+
+    def take_or_zero(matrix: Array) -> Array:
+        return take(matrix, fill_value=0)
+
+    def take_part(array: Array) -> Array:  # Scales are filled as the weight is, and their codes with what leaves that.
+        return take(array) if jnp.issubdtype(array.dtype, jnp.floating) else take_or_zero(array)
 
     weight = _transposed(value.weight, value.order)
     if isinstance(weight, Quantized):
         fill = params["fill_value"]
         if weight.axis != -1 or not (fill is None or fill == 0 or fill != fill):
             return NotImplemented  # A row has parts of many blocks, or scales cannot say what it is filled with.
-        rows = jax.tree.map(take, weight).dequantize()
+        rows = jax.tree.map(take_part, weight).dequantize()
     else:
         rows = take(weight)
-    for update in value.updates:
-        delta = update.delta_rows(take) if update.additive else None
+    for update in value.updates:  # Past the last row there is what the model fills in, and nothing is added to it.
+        delta = update.delta_rows(take_or_zero) if update.additive else None
         if delta is None:
             return NotImplemented
         rows = rows + delta.astype(rows.dtype)
@@ -326,13 +338,41 @@ def stop_gradient(params: dict, value: Adapted) -> Adapted:
     return jax.tree.map(lambda leaf: primitives.stop_gradient_p.bind(leaf, **params), value)
 
 
-def on_weight(primitive: jex.Primitive) -> Callable:
+def pvary(params: dict, value: Adapted) -> Adapted:
+    """In `jax.shard_map`: each device has its own value. Then what is summed over them are gradients of factors."""
+    return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, tuple(params["axes"]), to="varying"), value)
+
+
+def optimization_barrier(params: dict, *operands: Any) -> list[Any]:
+    """A barrier for the weights and what stands beside them; the factors are no values of the model."""
+    arrays, structure = jax.tree.flatten([x.weight if isinstance(x, Adapted) else x for x in operands])
+    behind = structure.unflatten(jax.lax.optimization_barrier_p.bind(*arrays, **params))
+    pairs = zip(operands, behind, strict=True)
+    return [dataclasses.replace(x, weight=y) if isinstance(x, Adapted) else y for x, y in pairs]
+
+
+def device_put(params: dict, *operands: Any) -> Any:
+    """Between the memories of host and device, with the factors: products need all in one."""
+    places = params["devices"]
+    if not all(place is None or isinstance(place, jax.memory.Space) for place in places):
+        return NotImplemented  # Where the factors should go is not said.
+    return [jax.device_put(x, place) for x, place in zip(operands, places, strict=True)]
+
+
+def reshard(params: dict, value: Adapted) -> Any:
+    """The weight lies otherwise; its factors stay, for how their products lie is the compiler's to choose."""
+    if isinstance(value.weight, Quantized):
+        return NotImplemented  # What splits the floats need not split their blocks.
+    return on_weight(lambda floats, **_: jax.sharding.reshard(floats, params["dst_sharding"]))(params, value)
+
+
+def on_weight(operation: Callable[..., Array]) -> Callable:
     """Rule of an operation that leaves the values as they are: it is done to the weight alone."""
 
     def rule(params: dict, value: Adapted) -> Adapted:
         if isinstance(value.weight, Quantized):  # What is asked of its floats is not asked of its codes.
             return value
-        done = primitive.bind(jnp.transpose(value.weight, value.order), **params)
+        done = operation(jnp.transpose(value.weight, value.order), **params)
         back = [value.order.index(axis) for axis in range(done.ndim)]
         return dataclasses.replace(value, weight=jnp.transpose(done, back))
 
@@ -376,7 +416,17 @@ RULES: dict[jex.Primitive, Callable[..., Any]] = {
     primitives.slice_p: slice_,
     primitives.dynamic_slice_p: dynamic_slice,
     primitives.stop_gradient_p: stop_gradient,
-    primitives.sharding_constraint_p: on_weight(primitives.sharding_constraint_p),
-    primitives.copy_p: on_weight(primitives.copy_p),
-    primitives.name_p: on_weight(primitives.name_p),
+    primitives.device_put_p: device_put,
+    jax.lax.optimization_barrier_p: optimization_barrier,
+    primitives.sharding_constraint_p: on_weight(primitives.sharding_constraint_p.bind),
+    primitives.copy_p: on_weight(primitives.copy_p.bind),
+    primitives.name_p: on_weight(primitives.name_p.bind),
 }
+
+RULES_BY_NAME: dict[str, Callable[..., Any]] = {"pvary": pvary, "reshard": reshard}
+"""Rules of primitives that jax gives no public name."""
+
+
+def rule_of(primitive: jex.Primitive) -> Callable[..., Any] | None:
+    """How a primitive computes with adapted weights; None where they have to be formed."""
+    return RULES.get(primitive) or RULES_BY_NAME.get(primitive.name)

@@ -8,6 +8,7 @@ filled in a stacked array.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -173,7 +174,7 @@ class Kronecker(Update):
             # Each piece consumes the first axis that is left and appends its own output axis.
             y = jnp.moveaxis(y, x.ndim - 1, -1)
             y = piece.delta_matmul(y) if isinstance(piece, LowRank) else y @ piece.astype(x.dtype)
-        return y.reshape(*x.shape[:-1], -1) * self.scale.astype(x.dtype)
+        return y.reshape(*x.shape[:-1], math.prod(y.shape[x.ndim - 1 :])) * self.scale.astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import zoo
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpeft
-from jaxpeft.methods import lora
+from jaxpeft.methods import hira, ia3, lokr, lora, mos
 from jaxpeft.updates import Base, Update
 from jaxpeft.values import Adapted
 
@@ -114,6 +116,13 @@ FUSED = {
     "vmap over layers": ((STACK, IN, OUT), "lio", lambda p: jax.vmap(lambda w: X @ w)(p["w"])),
     "while": ((IN, OUT), "io", lambda p: jax.lax.fori_loop(0, 3, lambda i, y: y + X @ p["w"], jnp.zeros((4, OUT)))),
     "cond": ((IN, OUT), "io", lambda p: jax.lax.cond(X[0, 0] > 0, lambda w: X @ w, lambda w: 2 * X @ w, p["w"])),
+    "a branch for each platform": (
+        (IN, OUT),
+        "io",
+        lambda p: jax.lax.platform_dependent(
+            p["w"], cpu=lambda w: X @ w, tpu=lambda w: 2 * X @ w, cuda=lambda w: 3 * X @ w
+        ),
+    ),
     "stop_gradient": ((IN, OUT), "io", lambda p: X @ jax.lax.stop_gradient(p["w"])),
     "sharding constraint": (
         (OUT, IN),
@@ -122,10 +131,27 @@ FUSED = {
     ),
     "named for a remat policy": ((IN, OUT), "io", lambda p: X @ checkpoint_name(p["w"], "kernel")),
     "copied": ((IN, OUT), "io", lambda p: X @ jnp.array(p["w"], copy=True)),
+    "behind a barrier": ((IN, OUT), "io", lambda p: X @ jax.lax.optimization_barrier((p["w"], X))[0]),
+    "fetched from the host in a loop": (
+        (STACK, IN, OUT),
+        "lio",
+        lambda p: jax.lax.scan(lambda c, w: (c, X @ jax.device_put(w, jax.memory.Space.Device)), 0, p["w"])[1],
+    ),
+    "put where it lies": ((IN, OUT), "io", lambda p: X @ jax.device_put(p["w"])),
     "highest precision": ((IN, OUT), "io", lambda p: jnp.matmul(X, p["w"], precision="highest")),
     "gradient inside the model": ((IN, OUT), "io", lambda p: jax.grad(lambda x: jnp.sum(jnp.sin(x @ p["w"])))(X)),
     "embedding rows": ((IN, OUT), "io", lambda p: jnp.take(p["w"], jnp.array([[0, 3], [5, 1]]), axis=0)),
     "embedding by index": ((IN, OUT), "io", lambda p: p["w"][jnp.array([[0, 3], [5, 1]])]),
+    "embedding rows past the last, filled with a value": (
+        (IN, OUT),
+        "io",
+        lambda p: jnp.take(p["w"], jnp.array([0, IN, 2 * IN]), axis=0, mode="fill", fill_value=1.0),
+    ),
+    "embedding rows past the last, filled with NaN": (
+        (IN, OUT),
+        "io",
+        lambda p: jnp.nan_to_num(jnp.take(p["w"], jnp.array([0, IN, 2 * IN]), axis=0, mode="fill")),
+    ),
     "embedding used twice": ((IN, OUT), "io", lambda p: p["w"][jnp.array([0, 3])] @ p["w"].T),
 }
 
@@ -178,6 +204,102 @@ def test_custom_vjp_and_shard_map_beside_an_adapted_weight() -> None:
     assert_same_as_merged(lambda p, x: local(double(jnp.tanh(x @ p["w"]))), base, adapter, X)
 
 
+IN_SHARD_MAP = {
+    "x @ w": (lambda p, x: x @ p["w"], X),
+    "tied head": (lambda p, y: y @ p["w"].T, Y),
+    "embedding": (lambda p, ids: p["w"][ids] @ p["w"].T, jnp.arange(4)),
+    "a constant of a scan": (lambda p, x: jax.lax.scan(lambda c, x: (c, x @ p["w"]), 0, x)[1], X),
+}
+
+
+@pytest.mark.parametrize("spec", [lora.Spec(rank=2), mos.Spec(rank=2, equivalent_rank=2, shards_per_vector=2)])
+@pytest.mark.parametrize("case", IN_SHARD_MAP)
+def test_the_whole_model_in_shard_map(case, spec) -> None:
+    """What is summed over the data axis are the gradients of factors, of no array of the kernel's size."""
+    fn, inputs = IN_SHARD_MAP[case]
+    base = {"w": jax.random.normal(jax.random.key(0), (IN, OUT))}
+    adapter = jaxpeft.init(jax.random.key(1), spec, jaxpeft.find(base, "w", layouts={"w": "io"}))
+    adapter = adapter.replace(params=jax.tree.map(lambda leaf: leaf + 0.3, adapter.params))
+
+    def loss(params, inputs):
+        return jnp.sum(jnp.sin(jaxpeft.adapt(fn)(base, adapter.replace(params=params), inputs)))
+
+    def merged(params, inputs):
+        return jnp.sum(jnp.sin(fn(jaxpeft.merge(base, adapter.replace(params=params)), inputs)))
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=MESH, in_specs=(P(), P("data")), out_specs=P())
+    def found(params, inputs):
+        return jax.value_and_grad(lambda params: jax.lax.psum(loss(params, inputs), "data"))(params)
+
+    expected = jax.value_and_grad(merged)(adapter.params, inputs)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), found(adapter.params, inputs), expected
+    )
+    text = found.lower(adapter.params, inputs).as_text()
+    summed = re.findall(r"all_reduce.*?\) -> tensor<([\dx]*)f32>", text, re.DOTALL)
+    assert summed
+    assert not {f"{IN}x{OUT}x", f"{OUT}x{IN}x"} & set(summed)
+
+
+@pytest.mark.parametrize("case", IN_SHARD_MAP)
+def test_each_device_its_own_factors_in_shard_map(case) -> None:
+    """Trained arrays that vary before they come here, so that their gradients are summed once, by the caller."""
+    fn, inputs = IN_SHARD_MAP[case]
+    base, adapter = adapted((IN, OUT), "io")
+
+    def loss(params, inputs):
+        return jnp.sum(jnp.sin(jaxpeft.adapt(fn)(base, adapter.replace(params=params), inputs)))
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=MESH, in_specs=(P(), P("data")), out_specs=P())
+    def found(params, inputs):
+        own = jax.lax.pcast(params, "data", to="varying")
+        return jax.lax.psum(jax.grad(loss)(own, inputs), "data")
+
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4),
+        found(adapter.params, inputs),
+        jax.grad(loss)(adapter.params, inputs),
+    )
+
+
+def test_resharded_in_a_loop_on_explicit_axes() -> None:
+    """A kernel that is gathered layer by layer keeps its factors, which lie as they did."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    base, adapter = adapted((STACK, IN, OUT), "lio")
+
+    def fn(p, x):
+        return jax.lax.scan(lambda c, w: (c, x @ jax.sharding.reshard(w, P())), 0, p["w"])[1]
+
+    expected = jnp.einsum("bi,lio->lbo", X, jaxpeft.merge(base, adapter)["w"])
+    with jax.set_mesh(mesh):
+        base = jax.device_put(base, NamedSharding(mesh, P(None, "data")))
+        x = jax.device_put(X, NamedSharding(mesh, P("data")))
+        assert jaxpeft.explain(fn, base, adapter, x).fused == ("w",)
+        np.testing.assert_allclose(jax.jit(jaxpeft.adapt(fn))(base, adapter, x), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_a_branch_for_another_platform_is_not_compiled_for_this_one() -> None:
+    """A kernel written for TPUs beside the product that stands for it elsewhere."""
+
+    def kernel(x, w, out):
+        out[...] = x[...] @ w[...]
+
+    def on_tpu(x, w):
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((4, OUT), jnp.float32))(x, w)
+
+    def fn(p, x):
+        return jax.lax.platform_dependent(x, p["w"], tpu=on_tpu, default=lambda x, w: x @ w)
+
+    base, adapter = adapted((IN, OUT), "io")
+    expected = X @ jaxpeft.merge(base, adapter)["w"]
+    with pytest.warns(jaxpeft.MaterializeWarning, match="pallas_call"):
+        found = jax.jit(jaxpeft.adapt(fn))(base, adapter, X)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(jaxpeft.adapt(fn)(base, adapter, X), expected, atol=1e-4)
+
+
 def test_a_weight_inside_custom_vjp_is_formed() -> None:
     @jax.custom_vjp
     def product(x, w):
@@ -198,6 +320,34 @@ def test_low_precision_keeps_factors_in_float32() -> None:
     out = jaxpeft.adapt(fn)(half, adapter, X.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), fn(jaxpeft.merge(base, adapter), X), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("equation", ["bi,io->bo", "bo,io->bi"])
+@pytest.mark.parametrize(
+    ("operands", "preferred"), [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16")]
+)
+@pytest.mark.parametrize("spec", [lora.Spec(rank=2), lora.Spec(rank=2, dora=True), hira.Spec(rank=2), ia3.Spec()])
+def test_a_product_gives_the_type_the_model_prefers(spec, operands, preferred, equation) -> None:
+    base = {"w": jax.random.normal(jax.random.key(0), (64, 64), operands)}
+    sites = jaxpeft.find(base, "w", layouts={"w": "io"})
+    adapter = jaxpeft.init(jax.random.key(1), spec, sites, weights=base)
+    x = jax.random.normal(jax.random.key(2), (4, 64), operands)
+
+    def fn(p, x):
+        return jnp.einsum(equation, x, p["w"], preferred_element_type=preferred)
+
+    found, expected = jaxpeft.adapt(fn)(base, adapter, x), fn(base, x)  # The same: an update is zero at the start.
+    assert found.dtype == expected.dtype == preferred
+    tolerance = 1e-5 if preferred == "float32" else 0.01
+    np.testing.assert_allclose(*(y.astype("float32") for y in (found, expected)), rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("spec", [lora.Spec(rank=2), lora.Spec(rank=2, dora=True), lokr.Spec(rank=1, alpha=2)])
+def test_a_batch_of_no_rows(spec) -> None:
+    base = {"w": jax.random.normal(jax.random.key(0), (IN, OUT))}
+    adapter = jaxpeft.init(jax.random.key(1), spec, jaxpeft.find(base, "w", layouts={"w": "io"}), weights=base)
+    assert jaxpeft.adapt(lambda p, x: x @ p["w"])(base, adapter, X[:0]).shape == (0, OUT)
+    assert jaxpeft.adapt(lambda p, y: y @ p["w"].T)(base, adapter, Y[:0]).shape == (0, IN)
 
 
 def test_dropout_in_an_unrolled_model_and_where_a_weight_is_formed() -> None:
