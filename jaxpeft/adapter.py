@@ -17,7 +17,7 @@ from jaxpeft.sites import Group, Sites, flatten
 from jaxpeft.spec import Spec, alpha_of, check_kinds, kind_of, method_of, name_of
 from jaxpeft.table import html_table
 from jaxpeft.updates import Update
-from jaxpeft.values import over_stack
+from jaxpeft.values import over_stack, widened, working_dtype
 from jaxpeft.weights import Weights
 
 
@@ -132,10 +132,12 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> Adapter:
     method, frozen = method_of(spec), None if weights is None else Weights(weights, sites)
     if frozen is not None:
         check_base(sites, frozen.leaves)
-    params, constants = method.init(key, spec, sites, frozen)
-    for group in sites:
-        constants[group.name]["scale"] = jnp.full(group.layers, spec.scale(group), jnp.float32)
-    params, constants = switches.start(params, constants, spec, sites, frozen)
+    # A method leaves the types to JAX: this way a key gives the same float32 and int32 arrays with x64 and without.
+    with jax.enable_x64(False):
+        params, constants = method.init(key, spec, sites, frozen)
+        for group in sites:
+            constants[group.name]["scale"] = jnp.full(group.layers, spec.scale(group), jnp.float32)
+        params, constants = switches.start(params, constants, spec, sites, frozen)
     if any(spec.part(group).dora for group in sites):  # Expanding the updates is work that no other start needs.
         updates = method.updates(params, constants, spec, sites)
         params = switches.magnitudes(params, constants, updates, spec, sites, frozen)
@@ -144,7 +146,7 @@ def init(key: Array, spec: Spec, sites: Sites, weights: Any = None) -> Adapter:
 
 def abstract(spec: Spec, sites: Sites) -> Adapter:
     """An adapter for its shapes, under `jax.eval_shape`: a start that reads the weights is given zeros."""
-    weights = {path: jnp.zeros(group.shape) for group in sites for path in group.paths}
+    weights = {path: jnp.zeros(group.shape, jnp.float32) for group in sites for path in group.paths}
     return init(jax.random.key(0), spec, sites, weights)
 
 
@@ -163,19 +165,21 @@ def delta(adapter: Adapter, base: Any = None) -> dict[str, Array]:
         base: the base parameters; needed by updates that depend on the weight they change.
 
     Returns:
-        {path: ΔW}, float32, in the kernel's own shape: stacked as the kernel is, zero in layers that are not adapted.
+        {path: ΔW}, float32 or as wide as the base, in the kernel's own shape: stacked as the kernel is, zero in layers
+        that are not adapted.
     """
     weights = {} if base is None else flatten(base)
     deltas = {}
     for path, (group, update) in by_path(adapter).items():
         if weights:
-            weight = to_matrix(weights[path], group.layout).astype(jnp.float32)
+            weight = to_matrix(weights[path], group.layout).astype(working_dtype(weights[path].dtype))
         elif update.additive:
-            weight = jnp.zeros((*group.sizes("l"), group.in_dim, group.out_dim))
+            weight = jnp.zeros((*group.sizes("l"), group.in_dim, group.out_dim), jnp.float32)
         else:
             raise ValueError(f"the update of {path} depends on the weight it changes; pass base=")
+        update = widened(update, weight.dtype)
         changed = over_stack(type(update).materialize, len(group.sizes("l")))(update, weight)
-        deltas[path] = from_matrix(changed - weight, group.layout, group.shape)
+        deltas[path] = from_matrix((changed - weight).astype(weight.dtype), group.layout, group.shape)
     return deltas
 
 

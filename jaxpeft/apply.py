@@ -24,7 +24,7 @@ from jaxpeft.sites import Group, flatten, paths_and_leaves, with_leaves
 from jaxpeft.spec import Spec
 from jaxpeft.table import table
 from jaxpeft.updates import Block, Decomposed, Dropout, PerShard, Update
-from jaxpeft.values import Adapted, Use, recording
+from jaxpeft.values import Adapted, Use, recording, widened
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,7 @@ def _adapted_weights(
                 raise ValueError(
                     f"two adapters disagree on the layout of {path}: {values[path].layout}, {group.layout}"
                 )
+            update = widened(update, leaves[path].dtype)
             values[path] = dataclasses.replace(values[path], updates=(*values[path].updates, update))
     return {path: _varying_alike(value) for path, value in values.items()}
 

@@ -85,7 +85,7 @@ class Quantized:
         blocks = KINDS[self.kind].decode(codes) * jnp.expand_dims(scales, at)
         if self.mins is not None:
             blocks = blocks + jnp.expand_dims(self.mins.astype(jnp.float32), at)
-        return blocks.reshape(self.shape).astype(self.dtype)
+        return blocks.reshape(self.shape).astype(jax.dtypes.canonicalize_dtype(self.dtype))
 
     def plain_scales(self) -> Array:
         """The scales that stand behind the codes, float32."""

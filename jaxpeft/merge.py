@@ -15,7 +15,7 @@ from jaxpeft.blocks import Quantized, is_quantized
 from jaxpeft.layout import from_matrix, to_matrix
 from jaxpeft.sites import Group, flatten, paths_and_leaves, with_leaves
 from jaxpeft.updates import Update
-from jaxpeft.values import materialize, over_stack
+from jaxpeft.values import materialize, over_stack, widened, working_dtype
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class MergeReport:
 
 
 def merge(base: Any, adapter: Adapter | Sequence[Adapter], *, dequantize: bool = False) -> Any:
-    """The base with every adapted weight W replaced by W + ΔW, computed in float32 and cast once.
+    """The base with every adapted weight W replaced by W + ΔW, computed in float32 or wider and cast once.
 
     Args:
         base: the base parameters; they stay as they are. Undoing a merge is keeping them.
@@ -65,7 +65,7 @@ def merge(base: Any, adapter: Adapter | Sequence[Adapter], *, dequantize: bool =
 def merge_with_report(
     base: Any, adapter: Adapter | Sequence[Adapter], *, dequantize: bool = False
 ) -> tuple[Any, MergeReport]:
-    """`merge`, and the error of its cast, measured against float32; not under jit."""
+    """`merge`, and the error of its cast, measured against what was computed; not under jit."""
     merged, errors = _merge(base, adapter, dequantize)
     errors = {path: (float(largest), float(lost)) for path, (largest, lost) in jax.device_get(errors).items()}
     report = MergeReport(
@@ -99,13 +99,14 @@ def changed(base: Any, adapter: Adapter | Sequence[Adapter]) -> dict[str, tuple[
     for one in checks.adapters(adapter):
         check_base(one.sites, leaves)
         for path, (group, update) in by_path(one).items():
+            update = widened(update, leaves[path].dtype)
             changes[path] = group, (*changes.get(path, (group, ()))[1], update)
     return changes
 
 
 def merged_matrix(layout: str, weight: Array | Quantized, updates: tuple[Update, ...]) -> Array:
-    """W + Σ ΔW of one array as (*stack, in, out), float32."""
-    frozen = to_matrix(weight, layout).astype(jnp.float32)
+    """W + Σ ΔW of one array as (*stack, in, out), float32 or in the array's own dtype where that is wider."""
+    frozen = to_matrix(weight, layout).astype(working_dtype(weight.dtype))
     return over_stack(materialize, layout.count("l"))(updates, frozen)
 
 
@@ -113,9 +114,9 @@ def merged_matrix(layout: str, weight: Array | Quantized, updates: tuple[Update,
 def _merge_one(
     group: Group, weight: Array | Quantized, updates: tuple[Update, ...]
 ) -> tuple[Array, tuple[Array, Array]]:
-    frozen = to_matrix(weight, group.layout).astype(jnp.float32)
+    frozen = to_matrix(weight, group.layout).astype(working_dtype(weight.dtype))
     exact = merged_matrix(group.layout, weight, updates)
     merged = exact.astype(weight.dtype)
-    error, change = merged.astype(jnp.float32) - exact, jnp.linalg.norm(exact - frozen)
+    error, change = merged.astype(exact.dtype) - exact, jnp.linalg.norm(exact - frozen)
     lost = jnp.linalg.norm(error) / jnp.where(change > 0, change, jnp.inf)
     return from_matrix(merged, group.layout, group.shape), (jnp.abs(error).max(), lost)

@@ -1,9 +1,9 @@
 """Updates that are structured matrices of any rank: circulant, Toeplitz and low displacement rank.
 
 Each is linear in its vectors, so whoever makes one scales a vector, not the product. The vectors define S of y = S x;
-rows multiply kernels from the left, x·ΔW, so ΔW = Sᵀ. Products go through an FFT in float32, whatever the dtype of x,
-because transforms of half precision are missing or incomplete on most backends. `by_path` chooses between them and ΔW
-as an array.
+rows multiply kernels from the left, x·ΔW, so ΔW = Sᵀ. Products go through an FFT in float32 or wider, whatever
+the dtype of x, because transforms of half precision are missing or incomplete on most backends. `by_path` chooses
+between them and ΔW as an array.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Circulant(Update):
 
     def delta_matmul(self, x: Array) -> Array:  # noqa: D102
         n, (rows, columns) = self.c.shape[-1], self._block
-        blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, rows)
+        blocks = _transformable(x).reshape(*x.shape[:-1], -1, rows)
         x_hat, c_hat = jnp.fft.rfft(blocks, n=n), jnp.fft.rfft(self.c)
         # Of one block it is a product of numbers, of which XLA would make a matrix product a frequency.
         one = self.c.shape[-3] == 1
@@ -91,7 +91,7 @@ class Toeplitz(Update):
         # for which transforms are slow.
         n, zero = self.t.shape[-1] + 1, jnp.zeros_like(self.t[..., :1])
         c = jnp.concatenate([self.t[..., self.in_dim - 1 :], zero, self.t[..., : self.in_dim - 1]], axis=-1)
-        y = jnp.fft.irfft(jnp.fft.rfft(x.astype(jnp.float32), n=n) * jnp.fft.rfft(c), n=n)
+        y = jnp.fft.irfft(jnp.fft.rfft(_transformable(x), n=n) * jnp.fft.rfft(c), n=n)
         return y[..., : n - self.in_dim].astype(x.dtype)
 
 
@@ -123,8 +123,8 @@ class LowDisplacementRank(Update):
 
     def delta_matmul(self, x: Array) -> Array:  # noqa: D102
         n = self.g.shape[-1]
-        e = jnp.exp(1j * math.pi / n * jnp.arange(n, dtype=jnp.float32))
-        v = jnp.fft.fft(x.astype(jnp.float32) * e[: self.in_dim], n=n)[..., None, :]
+        e = jnp.exp(1j * math.pi / n * jnp.arange(n, dtype=_transformable(x).dtype))
+        v = jnp.fft.fft(_transformable(x) * e[: self.in_dim], n=n)[..., None, :]
         skew = jnp.real(jnp.conj(e) * jnp.fft.ifft(v * jnp.fft.fft(self.h * e)))
         spectrum = jnp.sum(jnp.fft.rfft(skew) * jnp.fft.rfft(self.g), axis=-2)
         return jnp.fft.irfft(spectrum, n=n)[..., : self.out_dim].astype(x.dtype)
@@ -174,6 +174,11 @@ def by_path(path: Path, update: Update, in_dim: int, out_dim: int) -> Update:
 def prefers_fft(in_dim: int, out_dim: int) -> bool:
     """Whether products by FFT beat forming W + ΔW in a training step: measured, `docs/decisions/0006`."""
     return max(in_dim, out_dim) >= 768
+
+
+def _transformable(x: Array) -> Array:
+    """Values in a type that there are transforms of."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def toeplitz(t: Array, rows: int) -> Array:

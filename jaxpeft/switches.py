@@ -8,7 +8,7 @@ from jax import Array
 from jaxpeft.sites import Group, Sites
 from jaxpeft.spec import Spec, require
 from jaxpeft.updates import Decomposed, LowRank, Update
-from jaxpeft.values import over_stack
+from jaxpeft.values import over_stack, widened
 
 
 def count(spec: Spec, sites: Sites) -> int:
@@ -52,8 +52,9 @@ def magnitudes(
         update = _from_zero(updates[g.name], part, constants, g)
         require(update.additive, part, "dora", f"False: this update of {g.name} multiplies the weight itself")
         require("i" in g.layout, part, "dora", f"False: {g.name} is a vector")
-        decomposed = Decomposed(update, jnp.zeros((g.layers, g.out_dim)), jnp.ones(g.layers))
-        norms = over_stack(Decomposed.norm, 1)(decomposed, _weights(part, "dora", g, weights))
+        weight = _weights(part, "dora", g, weights)
+        decomposed = Decomposed(widened(update, weight.dtype), jnp.zeros((g.layers, g.out_dim)), jnp.ones(g.layers))
+        norms = over_stack(Decomposed.norm, 1)(decomposed, weight)
         params[g.name] = {**params[g.name], "magnitude": norms}
     return params
 

@@ -52,7 +52,7 @@ class Update:
     axes: ClassVar[Mapping[str, str]] = {}
 
     def delta(self) -> Array:
-        """ΔW, (in, out), float32."""
+        """ΔW, (in, out), float32 or as wide as the update's arrays."""
         raise NotImplementedError(f"{type(self).__name__}.delta")
 
     def delta_matmul(self, x: Array) -> Array:
@@ -65,7 +65,7 @@ class Update:
         return None
 
     def materialize(self, weight: Array) -> Array:
-        """W' as an (in, out) matrix, from W0 in float32."""
+        """W' as an (in, out) matrix, from W0 in float32 or wider."""
         return weight + self.delta()
 
     def matmul(self, x: Array, base: Base) -> Array:
@@ -255,16 +255,16 @@ class Decomposed(Update):
     present: Array
 
     def norm(self, weight: Array) -> Array:
-        """‖W0 + ΔW‖ of every output, (out,), float32."""
+        """‖W0 + ΔW‖ of every output, (out,), float32 as the magnitude is, so that at the start their ratio is 1."""
         update = self.update.update if isinstance(self.update, Dropout) else self.update
-        weight, factors = weight.astype(jnp.float32), update.factors()
+        weight, factors = weight.astype(jnp.promote_types(weight.dtype, jnp.float32)), update.factors()
         if factors is None:
-            return jnp.linalg.norm(weight + update.delta(), axis=0)
+            return jnp.linalg.norm(weight + update.delta(), axis=0).astype(jnp.float32)
         a, b = factors.a * factors.scale, factors.b
         mixed = jnp.einsum("ri,io->ro", a, weight, precision="highest")
         gram = jnp.einsum("ri,si->rs", a, a, precision="highest")
         squared = jnp.sum(weight**2, axis=0) + 2 * jnp.sum(mixed * b, axis=0) + jnp.sum((gram @ b) * b, axis=0)
-        return jnp.sqrt(jnp.maximum(squared, 0))
+        return jnp.sqrt(jnp.maximum(squared, 0)).astype(jnp.float32)
 
     def rescale(self, weight: Array) -> Array:
         """Factor of every output, (out,)."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import AxisType
 
@@ -62,20 +63,31 @@ class Adapted:
         return sizes(self.weight.shape, self.layout, letter)
 
     def materialize(self) -> Array:
-        """W' formed in float32 and cast once to the dtype of W."""
+        """W' formed in float32, or in the dtype of W where that is wider, and cast once to the dtype of W."""
         if not self.updates:
             return jnp.transpose(dequantized(self.weight), self.order)
 
         def form(updates: tuple[Update, ...], weight: Array | Quantized) -> Array:
-            frozen = to_matrix(weight, self.layout).astype(jnp.float32)
+            frozen = to_matrix(weight, self.layout).astype(working_dtype(weight.dtype))
             formed = over_stack(materialize, len(self.axes("l")))(updates, frozen).astype(weight.dtype)
             return from_matrix(formed, self.layout, weight.shape)
 
         return jnp.transpose(in_auto(form, self.weight)(self.updates, self.weight), self.order)
 
 
+def working_dtype(dtype: Any) -> np.dtype:
+    """What to form W + ΔW in, for a W of this dtype: float32, or W's own where that is wider; of float64 under x64."""
+    return jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, jnp.float32))
+
+
+def widened(update: Update, dtype: Any) -> Update:
+    """An update with its float32 arrays as wide as the weight of this dtype that it changes."""
+    to = working_dtype(dtype)
+    return jax.tree.map(lambda leaf: leaf.astype(to) if leaf.dtype == jnp.float32 else leaf, update)
+
+
 def materialize(updates: tuple[Update, ...], weight: Array) -> Array:
-    """W + Σ ΔW for one float32 weight (in, out); every update changes the frozen W, not what another made of it."""
+    """W + Σ ΔW for one weight (in, out), float32 or wider; every update changes the frozen W, not another's W'."""
     total, *others = [update.materialize(weight) for update in updates]
     for other in others:
         total = total + (other - weight)

@@ -8,10 +8,11 @@ from jax import Array
 
 from jaxpeft.layout import to_matrix
 from jaxpeft.sites import Group, Sites, flatten
+from jaxpeft.values import working_dtype
 
 
 class Weights(Mapping[str, Array]):
-    """{group: W0}, (L, in, out) float32; a group is stacked only when it is asked for.
+    """{group: W0}, (L, in, out), float32 or wider; a group is stacked only when it is asked for.
 
     Args:
         base: the base parameters.
@@ -33,7 +34,8 @@ class Weights(Mapping[str, Array]):
 
     def _matrices(self, group: Group, path: str) -> Array:
         """The adapted weights of one array, stack axes flattened."""
-        matrices = to_matrix(self.leaves[path], group.layout).astype(jnp.float32)
+        weight = self.leaves[path]
+        matrices = to_matrix(weight, group.layout).astype(working_dtype(weight.dtype))
         if group.entries is not None:
             matrices = matrices[jnp.asarray(group.entries)]
         return matrices.reshape(-1, group.in_dim, group.out_dim)

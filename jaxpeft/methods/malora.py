@@ -75,7 +75,7 @@ def with_expert(constants: Mapping, expert: int | None) -> dict:
     if expert is None:
         gate = jnp.full(experts, 1 / experts, jnp.float32)
     elif 0 <= expert < experts:
-        gate = jnp.zeros(experts).at[expert].set(1)
+        gate = jnp.zeros(experts, jnp.float32).at[expert].set(1)
     else:
         raise ValueError(f"malora.with_expert: expert={expert}, expected from 0 to {experts - 1}, or None for all")
     return {**constants, SHARED: {**constants[SHARED], "gate": gate}}

@@ -130,9 +130,9 @@ class BlockAffine(Update):
     scale: Array
 
     def change(self, weight: Array) -> Array:
-        """ΔW for a frozen weight, (in, out) float32."""
+        """ΔW for a frozen weight, (in, out), float32 or wider."""
         blocks, rank, _ = self.d.shape
-        w0 = weight.astype(jnp.float32).reshape(-1, rank, blocks, rank)
+        w0 = weight.astype(jnp.promote_types(weight.dtype, jnp.float32)).reshape(-1, rank, blocks, rank)
         moved = jnp.einsum("pbqa,qbc->pcqa", w0, self.d, precision="highest")
         shard = jnp.transpose(self.d, (2, 0, 1))[None]
         return (self.scale * (moved + shard)).reshape(weight.shape)

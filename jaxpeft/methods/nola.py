@@ -124,7 +124,9 @@ def mixture(shape: tuple[int, int], coefficients: Array, seed: Array) -> Array:
         numbers, part = of
         return total + jnp.einsum("lc,crw->lrw", part, draw(seed, numbers, shape), precision="highest"), None
 
-    return jax.lax.scan(add, jnp.zeros((layers, *shape)), (chunks(bases), jnp.moveaxis(parts, 1, 0)))[0]
+    return jax.lax.scan(
+        add, jnp.zeros((layers, *shape), coefficients.dtype), (chunks(bases), jnp.moveaxis(parts, 1, 0))
+    )[0]
 
 
 def _mixture_forward(shape: tuple[int, int], coefficients: Array, seed: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -152,7 +154,11 @@ def chunks(bases: int) -> Array:
 def draw(seed: Array, numbers: Array, shape: tuple[int, int]) -> Array:
     """The bases of these numbers, (len(numbers), *shape) ~ U(-1, 1)."""
     key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-    return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-1, maxval=1))(numbers)
+
+    def one(i: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32, minval=-1, maxval=1)
+
+    return jax.vmap(one)(numbers)
 
 
 def checks(a_seed: Array, b_seed: Array, spec: Spec, group: Group) -> dict[str, Array]:
