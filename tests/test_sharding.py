@@ -166,7 +166,7 @@ def test_every_way_to_write_a_model(style):
 
 
 @pytest.mark.parametrize("axes", MESHES)
-@pytest.mark.parametrize("name", ["lora", "mos", "oft", "full", "surm_block"])
+@pytest.mark.parametrize("name", ["lora", "mos", "oft", "full", "rows", "surm_block"])
 def test_every_kind_of_mesh(name, axes):
     model, adapter = scanned(SPECS[name])
     mesh = mesh_of(**MESHES[axes])
@@ -277,7 +277,7 @@ def test_a_mesh_of_explicit_axes():
     def hand(base, x):
         return jax.lax.scan(lambda x, p: (x + jnp.tanh(x @ p["up"]) @ p["down"], None), x, base)[0]
 
-    for name in ("lora", "mos", "lora dora", "oft", "full", "surm"):
+    for name in ("lora", "mos", "lora dora", "oft", "full", "rows", "surm"):
         adapter = moved(jaxpeft.init(jax.random.key(1), SPECS[name], sites, base), 0.05)
         expected = jax.jit(step(jaxpeft.adapt(hand), adapter))(adapter.params, adapter.constants, base, x)
         with jax.set_mesh(mesh):
