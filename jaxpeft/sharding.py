@@ -283,12 +283,15 @@ def _expansion(of: Adapter, shardings: Mapping[str, NamedSharding]) -> _Expansio
         group = of.sites[name]
         kernel = shardings.get(group.paths[0], NamedSharding(mesh, PartitionSpec()))
         specs = jax.tree.leaves(_of_update(shapes[name], *_sides(group, kernel)))
-        split = {axis for spec in specs for entry in spec for axis in _names(entry, mesh)}
+        # A lone vector beside arrays that are whole is small enough to be whole as well: then all have copies.
+        counted = [spec if len(spec) > 2 else spec[:1] for spec in specs]
+        split = {axis for spec in counted for entry in spec for axis in _names(entry, mesh)}
         # A vector has no product that its copies could serve, unless they act on what a layer gives out.
         served = BATCH if "i" in group.layout or shapes[name].on_output else ()
         copies[name] = tuple(axis for axis in served if mesh.shape.get(axis, 1) > 1 and axis not in split)
         for spec in specs:
-            atom = next(outvars)
+            kept = [[axis for axis in _names(entry, mesh) if axis not in copies[name]] for entry in spec]
+            spec, atom = _spec([tuple(names) for names in kept]), next(outvars)
             outputs.append(_Output(spec, copies[name], alone.get(atom) if isinstance(atom, jex.Var) else None))
     return _Expansion(jax.tree.structure(shapes), outputs, copies)
 

@@ -166,7 +166,7 @@ def test_every_way_to_write_a_model(style):
 
 
 @pytest.mark.parametrize("axes", MESHES)
-@pytest.mark.parametrize("name", ["lora", "mos", "oft", "full", "surm_block"])
+@pytest.mark.parametrize("name", ["lora", "mos", "oft", "full", "rows", "smoa_structured", "surm_block"])
 def test_every_kind_of_mesh(name, axes):
     model, adapter = scanned(SPECS[name])
     mesh = mesh_of(**MESHES[axes])
@@ -230,6 +230,29 @@ def test_pools_stay_out_of_the_loop_over_layers(name):
     assert any(one.depth for one in found.collectives)
 
 
+@pytest.mark.parametrize("axes", ["fsdp", "data, fsdp, tensor"])
+@pytest.mark.parametrize("name", ["lora", "hira", "smoa_structured", "surm_block"])
+def test_no_gradient_as_large_as_a_kernel_is_reduced(name, axes):
+    """Where fsdp splits both the batch and the kernels: neither a formed update's, nor that of a layer's output."""
+    model, adapter = scanned(SPECS[name])
+    mesh = mesh_of(**MESHES[axes])
+    placed = sharding.from_rules(model.params, mesh, RULES)
+    stored = sharding.adapter(adapter, placed)
+    batch = tuple(axis for axis in sharding.BATCH if axis in mesh.axis_names)
+    compiled = jax.jit(
+        step(jaxpeft.adapt(model.apply, shardings=placed), adapter),
+        out_shardings=(NamedSharding(mesh, P()), stored.params),
+    )
+    on_mesh, base = jax.device_put(adapter, stored), jax.device_put(model.params, placed)
+    ids = jax.device_put(IDS, NamedSharding(mesh, P(batch)))
+    found = costs.analyse(compiled.lower(on_mesh.params, on_mesh.constants, base, ids).compile().as_text())
+    kernels = {zoo.EMBED * zoo.EMBED, zoo.EMBED * zoo.HIDDEN}
+    kernels |= {zoo.LAYERS * kernel for kernel in kernels}
+    reduced = {shape.size for one in found.collectives if one.kind == "all-reduce" for shape in one.operands}
+    assert reduced
+    assert not reduced & kernels - {leaf.size for leaf in jax.tree.leaves(adapter.params)}
+
+
 def test_batches_that_no_shard_divides_are_right():
     model, adapter = scanned(SPECS["mos"])
     placed = sharding.from_rules(model.params, mesh_of(data=8), RULES)
@@ -277,7 +300,7 @@ def test_a_mesh_of_explicit_axes():
     def hand(base, x):
         return jax.lax.scan(lambda x, p: (x + jnp.tanh(x @ p["up"]) @ p["down"], None), x, base)[0]
 
-    for name in ("lora", "mos", "lora dora", "oft", "full", "surm"):
+    for name in ("lora", "mos", "lora dora", "oft", "full", "rows", "surm"):
         adapter = moved(jaxpeft.init(jax.random.key(1), SPECS[name], sites, base), 0.05)
         expected = jax.jit(step(jaxpeft.adapt(hand), adapter))(adapter.params, adapter.constants, base, x)
         with jax.set_mesh(mesh):

@@ -79,7 +79,9 @@ class Rows(Update):
         return jnp.zeros((self.in_dim, self.rows.shape[-1])).at[self.index].add(self.rows * self.scale)
 
     def delta_matmul(self, x: Array) -> Array:  # noqa: D102
-        return x[..., self.index] @ (self.rows * self.scale).astype(x.dtype)
+        # Not x[..., index]: XLA's partitioner fails on gathers along an axis that a mesh splits.
+        chosen = jax.nn.one_hot(self.index, self.in_dim, dtype=x.dtype)
+        return jnp.einsum("...i,ki->...k", x, chosen) @ (self.rows * self.scale).astype(x.dtype)
 
     def delta_rows(self, take: Callable[[Array], Array]) -> Array:  # noqa: D102
         place = jnp.zeros((self.in_dim, 1), jnp.int32).at[self.index, 0].set(1 + jnp.arange(len(self.index)))
