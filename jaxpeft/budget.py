@@ -14,6 +14,9 @@ from jaxpeft.spec import Spec, method_of, name_of
 SCANNED = 4096
 """Values that are tried one by one; larger ones are reached by doubling and bisection."""
 
+MOST = 2
+"""Times the budget that the smallest value may train; beyond that there is no setting for it."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -50,7 +53,8 @@ def fit_budget(spec: Spec, sites: Sites, parameters: int) -> Budget:
         parameters: the wanted number of trained parameters.
 
     Raises:
-        ValueError: the method has no such hyper-parameter, or no value of it fits the other ones and the sites.
+        ValueError: the method has no such hyper-parameter, no value of it fits the other ones and the sites, or even
+            the smallest count is more than twice the budget.
 
     Examples:
         >>> import jax, jaxpeft
@@ -68,6 +72,11 @@ def fit_budget(spec: Spec, sites: Sites, parameters: int) -> Budget:
     counts = dict(_counts(spec, field, sites, parameters))
     for value in sorted(counts, key=lambda value: (abs(counts[value] - parameters), value)):
         if (candidate := _with(spec, field, value)) is not None and fits(candidate, sites):
+            if counts[value] > MOST * parameters:  # And so are all others that fit: none comes closer.
+                raise ValueError(
+                    f"{name}.Spec: parameters={parameters:,} is too few at these sites; "
+                    f"the smallest count that fits is {counts[value]:,}, of {field}={value}"
+                )
             return Budget(candidate, counts[value], parameters)
     raise ValueError(f"{name}.Spec: no {field} from 1 to {max(counts, default=SCANNED)} fits {spec} at these sites")
 

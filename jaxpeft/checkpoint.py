@@ -365,7 +365,9 @@ class Checkpoints:
 def _newest(checkpoints: Checkpoints) -> int:
     step = checkpoints.latest()
     if step is None:
-        raise CheckpointError(f"{checkpoints.folder} holds no checkpoint of an adapter")
+        is_peft = (checkpoints.folder / "adapter_config.json").is_file()
+        hint = "; it is an adapter of Hugging Face PEFT, which jaxpeft.from_peft reads" if is_peft else ""
+        raise CheckpointError(f"{checkpoints.folder} holds no checkpoint of an adapter{hint}")
     return step
 
 

@@ -26,7 +26,8 @@ class GroupSummary:
         name: the group, or ``shared`` for what belongs to all groups together.
         group: the sites; None for ``shared``.
         trained: trained parameters; a pool counts once.
-        stored_bytes: bytes of trained arrays, and of frozen ones in the integers they are saved as, each once.
+        stored_bytes: bytes of trained arrays, and of frozen ones in the integers they are saved as, each once. Of index
+            tables that are shapes only the largest that they can be, as the integers depend on the values: `at_most`.
         expanded_bytes: bytes of the updates when they are expanded over the layers, for one step.
         share: trained parameters over base parameters of the group.
         dead: share of the trained parameters that no layer uses; None where the method has no such thing or the arrays
@@ -34,6 +35,7 @@ class GroupSummary:
         column_rank: rank of [ΔW_1 | … | ΔW_L], outputs as rows, for trained arrays in general position: the dimension
             of the space that the updates of all layers can reach together. None where it is not known: shapes only,
             an update that multiplies the weight, or too large to compute.
+        at_most: whether `stored_bytes` is an upper bound.
     """
 
     name: str
@@ -44,6 +46,7 @@ class GroupSummary:
     share: float | None
     dead: float | None
     column_rank: int | None
+    at_most: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Summary:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that the adapter stores."""
+        """Bytes that the adapter stores; an upper bound if it is one for a row."""
         return sum(row.stored_bytes for row in self.rows)
 
     def __str__(self) -> str:
@@ -77,15 +80,16 @@ class Summary:
         ]
         for row in self.rows:
             sizes = ("", "", "") if row.group is None else (row.group.layers, row.group.in_dim, row.group.out_dim)
-            costs = (f"{row.trained:,}", f"{row.stored_bytes:,} B", f"{row.expanded_bytes:,} B")
+            stored = f"{'≤ ' if row.at_most else ''}{row.stored_bytes:,} B"
+            costs = (f"{row.trained:,}", stored, f"{row.expanded_bytes:,} B")
             share = "" if row.share is None else f"{row.share:.3%}"
             dead = "" if row.dead is None else f"{row.dead:.1%}"
             rank = "" if row.column_rank is None else str(row.column_rank)
             lines.append((row.name, *map(str, sizes), *costs, share, dead, rank))
         groups = [row.group for row in self.rows if row.group is not None]
         share = self.trained / sum(group.layers * group.in_dim * group.out_dim for group in groups)
-        total = f"{self.trained:,} trained parameters, {share:.3%} of the adapted weights; {self.stored_bytes:,} bytes"
-        return lines, total
+        size = f"{'at most ' if any(row.at_most for row in self.rows) else ''}{self.stored_bytes:,} bytes"
+        return lines, f"{self.trained:,} trained parameters, {share:.3%} of the adapted weights; {size}"
 
 
 def summary(adapter: Adapter) -> Summary:
@@ -114,9 +118,10 @@ def summary(adapter: Adapter) -> Summary:
         trained = sum(leaf.size for leaf in params)
         stored = sum(leaf.size * leaf.dtype.itemsize for leaf in params)
         stored += sum(leaf.size * (saved_dtype(leaf) if concrete else leaf.dtype).itemsize for leaf in constants)
+        at_most = not concrete and any(np.issubdtype(leaf.dtype, np.integer) for leaf in constants)
         if name == SHARED:
             if params or constants:
-                rows.append(GroupSummary(name, None, trained, stored, 0, None, None, None))
+                rows.append(GroupSummary(name, None, trained, stored, 0, None, None, None, at_most))
             continue
         group, spec = adapter.sites[name], adapter.spec.part(adapter.sites[name])
         expanded = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(updates[name]))
@@ -124,7 +129,7 @@ def summary(adapter: Adapter) -> Summary:
         dead = getattr(method_of(spec), "dead", None)
         unused = dead(adapter.constants, spec, group) if dead and concrete else None
         rank = column_rank(general[name], group) if concrete else None
-        rows.append(GroupSummary(name, group, trained, stored, expanded, share, unused, rank))
+        rows.append(GroupSummary(name, group, trained, stored, expanded, share, unused, rank, at_most))
     return Summary(adapter.spec, tuple(rows))
 
 

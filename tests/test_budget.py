@@ -30,7 +30,7 @@ def test_values_beyond_those_that_are_tried_one_by_one() -> None:
 
 def test_values_that_do_not_fit_are_left_out(llama) -> None:
     """With every rank private the rank must be the equivalent rank."""
-    found = jaxpeft.fit_budget(mos.Spec(rank=4, equivalent_rank=4, private_rank=4), llama, 1)
+    found = jaxpeft.fit_budget(mos.Spec(rank=4, equivalent_rank=4, private_rank=4), llama, 5_000_000)
     assert found.spec.equivalent_rank == 4
 
 
@@ -39,6 +39,14 @@ def test_errors(llama) -> None:
         jaxpeft.fit_budget(full.Spec(), llama, 10)
     with pytest.raises(ValueError, match="parameters=0, expected at least 1"):
         jaxpeft.fit_budget(lora.Spec(rank=1), llama, 0)
+    smallest = 2_498_560
+    assert jaxpeft.fit_budget(lora.Spec(rank=4), llama, smallest // 2).spec.rank == 1
+    with pytest.raises(
+        ValueError, match=r"parameters=3 is too few .* the smallest count that fits is 2,498,560, of rank=1"
+    ):
+        jaxpeft.fit_budget(lora.Spec(rank=4), llama, 3)
+    with pytest.raises(ValueError, match=r"too few at these sites; .* is 9,994,240, of equivalent_rank=4"):
+        jaxpeft.fit_budget(mos.Spec(rank=4, equivalent_rank=4, private_rank=4), llama, 4_000_000)
 
 
 def test_every_method_has_a_typical_setting() -> None:

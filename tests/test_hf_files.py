@@ -440,6 +440,15 @@ def test_strict_about_the_tensors(tmp_path) -> None:
         jaxpeft.from_peft(tmp_path / "a", MODEL.params)
 
 
+def test_each_of_the_two_readers_names_the_other(tmp_path) -> None:
+    adapter = written(tmp_path / "peft", lora.Spec(rank=3))
+    with pytest.raises(jaxpeft.CheckpointError, match=r"adapter of Hugging Face PEFT, which jaxpeft\.from_peft reads"):
+        jaxpeft.load(tmp_path / "peft")
+    jaxpeft.save(tmp_path / "own", adapter)
+    with pytest.raises(FileNotFoundError, match=r"adapter of jaxpeft, which jaxpeft\.load reads"):
+        jaxpeft.from_peft(tmp_path / "own", MODEL.params)
+
+
 def test_files_that_are_not_there_or_damaged(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder"):
         jaxpeft.from_peft(tmp_path / "a", MODEL.params)

@@ -59,3 +59,23 @@ def test_shapes_alone_will_do() -> None:
     (row,) = jaxpeft.summary(shapes).rows
     assert (row.trained, row.column_rank, row.dead) == (2 * LAYERS * (IN + OUT), None, None)
     assert "None" not in str(jaxpeft.summary(shapes)).splitlines()[2]
+
+
+@pytest.mark.parametrize(
+    ("hyper", "bound"),
+    [
+        ({"method": "mos", "rank": 6, "equivalent_rank": 2}, True),  # its index tables are saved as small integers
+        ({"method": "lora", "rank": 2}, False),
+        ({"method": "vera", "rank": 4}, False),
+        ({"method": "unilora", "rank": 2, "theta_length": 64}, True),
+    ],
+)
+def test_bytes_of_shapes_are_a_bound_where_they_depend_on_values(hyper, bound) -> None:
+    adapter = jaxpeft.init(jax.random.key(0), spec_from_dict(hyper), SITES)
+    known, shapes = jaxpeft.summary(adapter), jaxpeft.summary(jax.eval_shape(lambda: adapter))
+    assert (known.stored_bytes < shapes.stored_bytes) == bound
+    assert not any(row.at_most for row in known.rows)
+    assert f"; {known.stored_bytes:,} bytes" in str(known)
+    said = f"; {'at most ' if bound else ''}{shapes.stored_bytes:,} bytes"
+    assert said in str(shapes)
+    assert ("≤" in str(shapes)) == bound

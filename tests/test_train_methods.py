@@ -1,6 +1,8 @@
 """Every method from a configuration; the table of methods, and its pages."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,30 @@ def test_the_table(model, capsys) -> None:
 def test_the_pages_are_those_of_the_docstrings(name) -> None:
     page = ROOT / "docs" / "methods" / f"{name}.md"
     assert page.read_text(encoding="utf-8") == methods.page(name), "run: python -m train methods --pages docs/methods"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_page_has_every_field_once(name) -> None:
+    listed = re.findall(r"^- `(\w+)` \(.*?(?:required|default `)", methods.page(name), re.MULTILINE)
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(METHODS[name].Spec))
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("lora", "- `rank` (`int`; required): r."),
+        ("lora", "- `alpha` (`float`; default `16.0`): the update"),
+        ("fourierft", "- `alpha` (`float`; default `300.0`): the paper's scaling"),  # its own words for it
+        ("mos", "- `rank` (`int` or `None`; required): r, the rank"),
+        ("mos", "- `scaling` (`'none'`, `'frozen'` or `'trained'`; default `'none'`): a vector"),
+        ("sora", "- `rank` (`int`; required): r, the ranks"),  # of the class that it shares with others
+        ("surm_block", "- `product` (`'hadamard'`, `'matmul'`, `'single'` or `None`; default `None`): of the first"),
+        ("superlora", "- `groups` (`int` or `'weight'`; required): G"),
+        ("mixed", "- `default` (required): the spec"),
+    ],
+)
+def test_a_page_says_what_a_field_may_be(name, line) -> None:
+    assert f"\n{line}" in methods.page(name)
 
 
 def test_the_table_of_methods_names_every_one() -> None:

@@ -2,20 +2,26 @@
 
 import dataclasses
 import inspect
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import jaxpeft
 from jaxpeft import models
 from jaxpeft.methods import METHODS, TYPICAL
-from jaxpeft.spec import Card, nearest
+from jaxpeft.spec import Card, Spec, nearest
 from jaxpeft.table import table
 from train.config import ConfigError
 
 DEFAULT = "meta-llama/Llama-2-7b-hf"
 """The model of the table when none is named: the one that most of the papers fine-tune."""
+
+WIDTH = 135
+"""Of the lines of a list in a page."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +107,7 @@ def page(name: str) -> str:
             "|---|---|",
             *(f"| {fact} | {value.replace('|', chr(92) + '|')} |" for fact, value in facts.items()),
             "",
-            *_markdown(inspect.getdoc(spec) or ""),
+            *_markdown(spec),
             "",
         ]
     )
@@ -121,26 +127,68 @@ def _yes(value: Any) -> str:
     return "yes" if value else "no"
 
 
-def _markdown(docstring: str) -> Iterator[str]:
-    """A docstring's sections as Markdown: attributes as a list, the example as code."""
-    section = ""
-    for line in docstring.splitlines():
-        if heading := re.fullmatch(r"(Attributes|Examples|Raises|Returns|Args):", line):
-            if section == "Examples":
-                yield "```"
-            section = heading[1]
-            yield f"## {section}"
-            yield ""
-            if section == "Examples":
-                yield "```pycon"
-        elif section == "Examples":
-            if line.strip():
-                yield line.removeprefix("    ")
-        elif section and (item := re.fullmatch(r"    (\w[\w, ]*): (.*)", line)):
-            yield f"- `{item[1]}`: {item[2]}"
-        elif section:
-            yield f"  {line.strip()}" if line.strip() else ""
+def _markdown(spec: type[Spec]) -> Iterator[str]:
+    """The docstring of a Spec as Markdown: attributes as lists, those of its bases too, and the example as code."""
+    sections = _sections(spec)
+    yield from (line.replace("``", "`") for line in sections.pop("", []))
+    sections.pop("Attributes", None)
+    bases = [base for base in spec.__mro__ if issubclass(base, Spec) and base is not Spec]
+    own = {name: text for base in reversed(bases) for name, text in _entries(_sections(base).get("Attributes", []))}
+    common = {name: text for name, text in _entries(_sections(Spec)["Attributes"]) if name not in own}
+    for heading, entries in (("Attributes", own), ("Attributes of every method", common)):
+        if entries:
+            yield from (f"## {heading}", "", *_items(entries, spec), "")
+    for heading, lines in sections.items():
+        yield from (f"## {heading}", "")
+        if heading == "Examples":
+            yield from ("```pycon", *(line.removeprefix("    ") for line in lines if line.strip()), "```")
         else:
-            yield line.replace("``", "`")
-    if section == "Examples":
-        yield "```"
+            yield from _items(dict(_entries(lines)), spec)
+
+
+def _sections(spec: type[Spec]) -> dict[str, list[str]]:
+    """{heading: lines} of a docstring; what stands before the first heading is under an empty one."""
+    sections, heading = {"": []}, ""
+    for line in (inspect.getdoc(spec) or "").splitlines():
+        if found := re.fullmatch(r"(Attributes|Examples|Raises|Returns|Args):", line):
+            heading = found[1]
+            sections[heading] = []
+        else:
+            sections[heading].append(line)
+    return {heading: lines[:-1] if heading and not lines[-1] else lines for heading, lines in sections.items()}
+
+
+def _entries(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(name, text) of the lines ``name: text``, each with those that go on with it."""
+    starts = [at for at, line in enumerate(lines) if re.match(r"    \w+: ", line)]
+    for at, end in itertools.pairwise([*starts, len(lines)]):
+        name, text = " ".join(line.strip() for line in lines[at:end]).split(": ", 1)
+        yield name, text.replace("``", "`")
+
+
+def _items(entries: Mapping[str, str], spec: type[Spec]) -> Iterator[str]:
+    """A list, with what a field of the Spec may be and what it is unless it is given."""
+    fields = {field.name: field for field in dataclasses.fields(spec)}
+    for name, text in entries.items():
+        says = f" ({_says(fields[name])})" if name in fields else ""
+        yield textwrap.fill(
+            f"- `{name}`{says}: {text}", WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+
+
+def _says(field: dataclasses.Field) -> str:
+    """The values of a field, and its default or that it is required."""
+    given = "required" if field.default is dataclasses.MISSING else f"default `{field.default!r}`"
+    *first, last = _values(field.type) or [""]
+    return f"{', '.join(first)} or {last}; {given}" if first else f"{last}; {given}".removeprefix("; ")
+
+
+def _values(kind: Any) -> list[str]:
+    """The values of an annotation: those of a Literal one by one, types by their name."""
+    if get_origin(kind) is Literal:
+        return [f"`{value!r}`" for value in get_args(kind)]
+    if get_origin(kind) in (Union, UnionType):
+        return [value for part in get_args(kind) for value in _values(part)]
+    if kind is Any:
+        return []
+    return ["`None`" if kind is NoneType else f"`{kind.__name__ if get_origin(kind) is None else kind}`"]

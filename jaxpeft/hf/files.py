@@ -44,7 +44,9 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} has no {CONFIG}; expected what PEFT's save_pretrained writes")
+        ours = any(step.name.isdigit() and (step / "metadata").is_dir() for step in folder.iterdir())
+        hint = "; it is an adapter of jaxpeft, which jaxpeft.load reads" if ours else ""
+        raise FileNotFoundError(f"{folder} has no {CONFIG}; expected what PEFT's save_pretrained writes{hint}")
     if not (folder / WEIGHTS).is_file():
         if (folder / _PICKLED).exists():
             raise ValueError(

@@ -36,7 +36,7 @@ class Spec(base.Spec):
         default: the spec of the groups that no pattern matches.
         overrides: {regular expression over whole paths: spec, or the fields in which it differs from `default`}; the
             first match counts. A rank pattern is ``{r".*down_proj.*": {"rank": 16}}``, `modules_to_save` is
-            ``{r"lm_head/.*": full.Spec()}``.
+            ``{r"lm_head/.*": full.Spec()}`` at ``find(params, ["all-linear", "lm_head"])``.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jaxpeft
