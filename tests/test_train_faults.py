@@ -190,6 +190,34 @@ def test_damaged_data_is_named(copy, place, fails, content, error):
         assert error in fails(copy, "fit", copy / "config.yaml")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("config.json", "", "expected a JSON object, cannot be read: Expecting value: line 1 column 1"),
+        ("config.json", '{"model_type": "lla', "expected a JSON object, cannot be read: Unterminated string"),
+        ("config.json", b"\xff\xfe", "expected a JSON object, cannot be read: 'utf-8' codec can't decode"),
+        ("config.json", "[]", "expected a JSON object, found list"),
+        ("config.json", "[" * 100_000, "expected a JSON object, cannot be read: maximum recursion depth"),
+        ("tokenizer.json", "", "expected a JSON object, cannot be read: Expecting value: line 1 column 1"),
+        ("tokenizer.json", '{"version": "1.0", "tru', "expected a JSON object, cannot be read: Unterminated string"),
+        ("tokenizer.json", "{}", "cannot be used ("),
+        ("tokenizer_config.json", '{"tok', "expected a JSON object, cannot be read: Unterminated string"),
+        ("tokenizer_config.json", "3", "expected a JSON object, found int"),
+        ("generation_config.json", "{", "expected a JSON object, cannot be read: Expecting property name"),
+        ("model.safetensors", "", "damaged or incomplete (0 bytes)"),
+        ("model.safetensors.index.json", "{", "expected a JSON object, cannot be read: Expecting property name"),
+        ("model.safetensors.index.json", "{}", "no weight_map; expected the names of the tensors and their files"),
+    ],
+)
+def test_a_damaged_file_of_the_model_is_named(place, fails, tmp_path, name, content, error):
+    model = tmp_path / "tiny"
+    shutil.copytree(place / "tiny", model)
+    (model / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    errors = fails(model, "fit", *configuration(place, tmp_path / "run"), f"model.name={model}")
+    (line,) = errors.strip().splitlines()
+    assert line.startswith(f"error: {model / name}: {error}")
+
+
 def tokenizer_json(place, change):
     content = json.loads((place / "tiny" / "tokenizer.json").read_text())
     change(content["model"])

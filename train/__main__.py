@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import jax
 
     from jaxpeft.checkpoint import CheckpointError
+    from jaxpeft.models.loading import ModelFileError
     from jaxpeft.models.pretrained import cache_folder
     from train import loop, processes
     from train.builtin import DownloadError
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         DataError,
         DownloadError,
         FileNotFoundError,
+        ModelFileError,
         RunError,
         TemplateError,
     ) as error:

@@ -15,6 +15,7 @@ from jaxpeft import models
 from jaxpeft.adapter import Adapter
 from jaxpeft.methods import full, mixed
 from jaxpeft.models.encoder_model import HEAD
+from jaxpeft.models.loading import ModelFileError
 from jaxpeft.spec import Spec
 from train import data, devices, optim, task
 from train.config import Config, ConfigError
@@ -163,7 +164,9 @@ def pretrained(config: Config, mesh: Mesh | None, weights: bool = True) -> Any:
     try:
         kept = config.model.quantize == "gguf"
         model = models.pretrained(name, dtype=dtype, mesh=mesh, weights=weights, keep_blocks=kept)
-    except ValueError as error:  # no such model, or files that are not one
+    except ModelFileError:  # a file is damaged, and no setting is wrong
+        raise
+    except ValueError as error:  # no such model, or one of an unknown architecture
         raise ConfigError([f"model.name: {error}"]) from None
     return _quantized(config, model.with_config(remat=config.model.remat))
 
