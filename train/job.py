@@ -193,13 +193,14 @@ def _adapter(config: Config, model: Any, outputs: Sequence[str], key: Any, weigh
 
 
 def _quantized(config: Config, model: Any) -> Any:
-    if config.model.quantize in (None, "gguf"):
+    kind, block, exclude = config.model.quantize, config.model.quantize_block, config.model.quantize_exclude
+    if kind in (None, "gguf"):
         return model
     try:
-        params = jaxpeft.quantize.quantize(model.params, config.model.quantize)
+        params = jaxpeft.quantize.quantize(model.params, kind, block=block, exclude=exclude)
         return dataclasses.replace(model, params=params)
-    except ValueError as error:  # a block that does not divide a weight
-        raise ConfigError([f"model.quantize: {error}"]) from None
+    except ValueError as error:  # a block that does not divide a weight, or a name that none has
+        raise ConfigError([f"model.quantize: {error} (model.quantize_block, model.quantize_exclude)"]) from None
 
 
 def sites(config: Config, params: Any) -> jaxpeft.Sites:
