@@ -77,6 +77,16 @@ def test_input_text_and_named_columns(tmp_path):
         ("a.jsonl", '{"messages": [{"role": "user"}]}', "message 1 should be"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": ""}]}', "should be the assistant's, found 'user'"),
         ("a.txt", "a", "neither a built-in data set"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": "\\ud83d"}',
+            r"a.jsonl:2: found '\\ud83d', half of a surrogate pair; expected whole",
+        ),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "\\ude00"}]}', r"a.jsonl:1: found '\\ude00', half"),
+        ("a.json", '[{"text": "\\ud83d\\ude00"}, {"\\ud83d": "a"}]', "a.json: row 2: found .*, half of a surrogate"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl:1: brackets nested too deeply"),
+        ("a.json", '{"a": ' * 100_000, "a.json: brackets nested too deeply"),
+        ("a.jsonl", f'{{"text": {"1" * 5000}}}', "a.jsonl:1: cannot be read as JSON: Exceeds the limit"),
     ],
 )
 def test_damaged_files_are_named_with_their_line(tmp_path, name, content, message):
@@ -106,6 +116,11 @@ def test_parquet(tmp_path):
     whole = (tmp_path / "a.parquet").read_bytes()
     with pytest.raises(DataError, match=r"b.parquet: not valid Parquet .* the file may be truncated"):
         rows.read(write(tmp_path / "b.parquet", whole[:-20]))
+    latin = pyarrow.array([b"r\xe4d"])
+    table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 1, latin.buffers())})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c.parquet: not valid Parquet .*'utf-8' codec can't decode byte 0xe4"):
+        rows.read(tmp_path / "c.parquet")
 
 
 def test_a_data_set_of_the_hubs_library(tmp_path, monkeypatch):

@@ -168,6 +168,138 @@ def test_another_base_is_named(copy, place, fails, tmp_path):
         assert "is of another base: fingerprint" in fails(copy, "generate", copy, "--prompt", "Is 1 rising?")
 
 
+# --- other files of the run ---
+
+
+def line_of(number, content):
+    """Damage of one line of metrics.jsonl."""
+
+    def damage(path):
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join([*lines[: number - 1], content + b"\n", *lines[number:]]))
+
+    return damage
+
+
+def written(content):
+    return lambda path: path.write_text(content)
+
+
+def emptied(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    path.mkdir()
+
+
+def a_file(path):
+    shutil.rmtree(path)
+    path.write_text("x")
+
+
+def of_others(path):
+    emptied(path)
+    (path / "notes.txt").write_text("x")
+
+
+def changed(**changes):
+    """Damage of a JSON object: values by name, None takes it out."""
+
+    def damage(path):
+        found = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
+
+    return damage
+
+
+RECORD = "expected a JSON object of numbers with step, loss, tokens, seconds, found"
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "damage", "error"),
+    [
+        ("fit", "metrics.jsonl", line_of(2, b"\xff\x00\xd7"), f":2: damaged, or written by another version: {RECORD}"),
+        ("fit", "metrics.jsonl", line_of(3, b"3"), f":3: damaged, or written by another version: {RECORD} '3'"),
+        ("fit", "metrics.jsonl", line_of(1, b"[]"), f":1: damaged, or written by another version: {RECORD} '[]'"),
+        ("fit", "metrics.jsonl", line_of(1, b'{"step": 1}'), ":1: damaged, or written by another version: expected"),
+        (
+            "fit",
+            "metrics.jsonl",
+            written(""),
+            ": holds 0 records of the checkpoint's 6 steps, expected one of each",
+        ),
+        ("fit", "metrics.jsonl", emptied, ": cannot be read: Is a directory"),
+        (
+            "fit",
+            "before.json",
+            written("[]"),
+            ": damaged, or written by another version: expected a JSON object of num",
+        ),
+        ("fit", "before.json", written('{"eval_loss": "1"}'), ": damaged, or written by another version: expected a"),
+        ("fit", "before.json", written("{}"), "numbers with eval_loss, found '{}'"),
+        ("fit", "before.json", written('{"eval_loss": NaN}'), "numbers with eval_loss, found '{\"eval_loss\": NaN}'"),
+        ("fit", "before.json", emptied, ": cannot be read: Is a directory"),
+        ("fit", "adapter", a_file, ": expected a folder for the trained adapter: Not a directory"),
+        ("fit", "adapter", of_others, ": expected the trained adapter, found notes.txt; move them away"),
+        ("report", "metrics.jsonl", written(""), ": holds 0 records, expected one of each of the run's 6 steps"),
+        ("report", "summary.json", written(""), ": damaged, or written by another version: Invalid JSON"),
+        (
+            "report",
+            "summary.json",
+            written("[]"),
+            ": damaged, or written by another version: Input should be an object",
+        ),
+        (
+            "report",
+            "summary.json",
+            written("{}"),
+            ": damaged, or written by another version: config: Field required; ver",
+        ),
+        ("report", "summary.json", emptied, ": cannot be read: Is a directory"),
+        (
+            "report",
+            "summary.json",
+            changed(steps="6"),
+            ": damaged, or written by another version: steps: Input should be",
+        ),
+        ("report", "summary.json", changed(config={}), "config: 5 errors model: missing section"),
+        (
+            "report",
+            "summary.json",
+            changed(sites={}),
+            ": damaged, or written by another version: sites: KeyError('groups",
+        ),
+        (
+            "report",
+            "summary.json",
+            changed(perplexity_before=None),
+            "perplexity_before: Input should be a valid number",
+        ),
+    ],
+)
+def test_a_damaged_file_of_the_run_is_named(copy, fails, command, name, damage, error):
+    damage(copy / name)
+    (line,) = fails(copy, command, copy / "config.yaml" if command == "fit" else copy).strip().splitlines()
+    assert line.startswith(f"error: {copy / name}")
+    assert error in line
+
+
+def test_measurements_of_other_settings_are_named(copy, capsys):
+    (copy / "before.json").write_text('{"eval_loss": 1}')
+    assert main(["fit", str(copy / "config.yaml")]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {copy / 'before.json'}: holds eval_loss, expected eval_loss, perplexity; delete it")
+    (copy / "before.json").unlink()
+    assert main(["fit", str(copy / "config.yaml")]) == 0
+
+
+def test_a_last_record_cut_off_by_a_kill_is_left_out(copy):
+    with (copy / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 7, "lo\xc3')
+    assert [record["step"] for record in metrics.read(copy / "metrics.jsonl")] == [*range(1, 7)]
+
+
 # --- data and tokenizer ---
 
 
@@ -188,6 +320,34 @@ def test_another_base_is_named(copy, place, fails, tmp_path):
 def test_damaged_data_is_named(copy, place, fails, content, error):
     with replaced(place / "rows.jsonl", content):
         assert error in fails(copy, "fit", copy / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("config.json", "", "expected a JSON object, cannot be read: Expecting value: line 1 column 1"),
+        ("config.json", '{"model_type": "lla', "expected a JSON object, cannot be read: Unterminated string"),
+        ("config.json", b"\xff\xfe", "expected a JSON object, cannot be read: 'utf-8' codec can't decode"),
+        ("config.json", "[]", "expected a JSON object, found list"),
+        ("config.json", "[" * 100_000, "expected a JSON object, cannot be read: maximum recursion depth"),
+        ("tokenizer.json", "", "expected a JSON object, cannot be read: Expecting value: line 1 column 1"),
+        ("tokenizer.json", '{"version": "1.0", "tru', "expected a JSON object, cannot be read: Unterminated string"),
+        ("tokenizer.json", "{}", "cannot be used ("),
+        ("tokenizer_config.json", '{"tok', "expected a JSON object, cannot be read: Unterminated string"),
+        ("tokenizer_config.json", "3", "expected a JSON object, found int"),
+        ("generation_config.json", "{", "expected a JSON object, cannot be read: Expecting property name"),
+        ("model.safetensors", "", "damaged or incomplete (0 bytes)"),
+        ("model.safetensors.index.json", "{", "expected a JSON object, cannot be read: Expecting property name"),
+        ("model.safetensors.index.json", "{}", "no weight_map; expected the names of the tensors and their files"),
+    ],
+)
+def test_a_damaged_file_of_the_model_is_named(place, fails, tmp_path, name, content, error):
+    model = tmp_path / "tiny"
+    shutil.copytree(place / "tiny", model)
+    (model / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    errors = fails(model, "fit", *configuration(place, tmp_path / "run"), f"model.name={model}")
+    (line,) = errors.strip().splitlines()
+    assert line.startswith(f"error: {model / name}: {error}")
 
 
 def tokenizer_json(place, change):

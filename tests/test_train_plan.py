@@ -94,11 +94,29 @@ def test_a_table_over_methods(path, capsys):
         (["--topology", "v5e:3x3"], "v5e:3x3 is no slice of v5e; the nearest are v5e:2x4, v5e:4x4"),
         (["--cpu", "8", "--methods", "mos,mosh"], "--methods: unknown method 'mosh'; did you mean 'mos'"),
         (["--cpu", "8", "--topology", "v5e:2x2"], "give --topology or --cpu"),
+        (["--cpu", "5000"], "--cpu: cpu:5000: asks for 5,000 chips; expected at most 4,096"),
+        (["--topology", "cpu:0"], "--topology: 'cpu:0' is no topology"),
+        (["--topology", "cuda:1x1x0"], "--topology: 'cuda:1x1x0' is no topology"),
+        (["--topology", "v5e:999999x99999"], "--topology: v5e:999999x99999: asks for 99,998,900,001 chips"),
+        (["--topology", f"v5e:{'9' * 5000}"], "is no topology; expected a generation and a shape"),
+        (["--topology", "v5e:2x2", "--topology", ""], "--topology: '' is no topology"),
     ],
 )
 def test_mistakes_are_named(path, arguments, message, capsys):
     assert main(["plan", str(path), *arguments]) == 2
     assert message in capsys.readouterr().err
+    # XLA ends the process where this is no number, or prints all its flags.
+    assert 1 <= int(os.environ["XLA_FLAGS"].rpartition("=")[2]) <= topology.MOST
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "00", "1.5", "x", "", "9" * 5000])
+def test_a_count_is_positive(path, count, capsys):
+    before = os.environ["XLA_FLAGS"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", str(path), "--cpu", count])
+    errors = capsys.readouterr().err
+    assert f"argument --cpu: expected a whole number from 1 to 999999999, found {count!r}" in errors
+    assert os.environ["XLA_FLAGS"] == before
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

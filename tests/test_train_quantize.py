@@ -2,10 +2,12 @@
 
 import json
 
+import jax
 import pytest
 import tiny
 
 from jaxpeft import quantize
+from jaxpeft.blocks import is_quantized
 from train import config, job
 from train.__main__ import main
 
@@ -58,4 +60,19 @@ def test_mistakes(path, tmp_path, capsys) -> None:
     assert "model.name: keep_blocks: " in capsys.readouterr().err
     narrow = tiny.save_model(tmp_path / "narrow", width=32)
     assert main(["fit", str(path), f"model.name={narrow}"]) == 2
-    assert "model.quantize: layers/mlp/gate_proj/kernel: block=64, expected" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "model.quantize: layers/mlp/gate_proj/kernel: block=64, expected" in errors
+    assert "nearest: block=32, or exclude it (model.quantize_block, model.quantize_exclude)" in errors
+    # The advice can be followed.
+    settings = [f"model.name={narrow}", "model.quantize_block=32"]
+    assert main(["fit", str(path), *settings, "--dry-run"]) == 0
+    wide = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
+    made = job.subject(config.load(path, [settings[0], f"model.quantize_exclude={wide}"]), weights=False).base
+    assert {str(leaf.kind) for leaf in jax.tree.leaves(made, is_leaf=is_quantized) if is_quantized(leaf)} == {"nf4"}
+    assert main(["fit", str(path), "model.quantize_block=7"]) == 2
+    assert "block=7, expected an even divisor of the axis" in capsys.readouterr().err
+    assert main(["fit", str(path), "model.quantize_exclude=nothing"]) == 2
+    assert "model.quantize: " in capsys.readouterr().err
+    for kind in ("null", "gguf"):
+        assert main(["fit", str(path), f"model.quantize={kind}", "model.quantize_block=32"]) == 2
+        assert "model: quantize_block has no effect with quantize=" in capsys.readouterr().err

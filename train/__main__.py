@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import jax
 
     from jaxpeft.checkpoint import CheckpointError
+    from jaxpeft.models.loading import ModelFileError
     from jaxpeft.models.pretrained import cache_folder
     from train import loop, processes
     from train.builtin import DownloadError
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         DataError,
         DownloadError,
         FileNotFoundError,
+        ModelFileError,
         RunError,
         TemplateError,
     ) as error:
@@ -238,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="v5e:4x4, v5p:2x2x2, v6e:4x4, cuda:1x1x8 (slices x hosts x GPUs), …; may be repeated (default v5e:4x4)",
     )
-    plan.add_argument("--cpu", type=int, metavar="N", help="simulated devices of this machine instead")
+    plan.add_argument("--cpu", type=_positive, metavar="N", help="simulated devices of this machine instead")
     plan.add_argument(
         "--effort",
         choices=("quick", "full"),
@@ -253,6 +255,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("run", metavar="RUN", help="a run folder")
     return parser
+
+
+def _positive(text: str) -> int:
+    """A whole number of at least 1, as the type of an option."""
+    if not text.isdecimal() or not text.strip("0") or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 999999999, found {text!r}")
+    return int(text)
 
 
 def _unraisable(unraisable: Any) -> None:

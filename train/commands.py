@@ -1,9 +1,8 @@
 """What does each command do, and in what words does it answer?"""
 
 import argparse
-import math
+import contextlib
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -200,13 +199,21 @@ def serve(options: argparse.Namespace, console: Console) -> None:
 
 
 def simulate(options: argparse.Namespace) -> None:
-    """What has to be in the environment before JAX is imported."""
+    """What has to be in the environment before JAX looks for devices."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    from train import topology
+
     # As many as the largest machine has: what no chip has room for is compiled for them.
-    shapes = [name.partition(":")[2] for name in options.topology or ["v5e:4x4"]]
-    chips = [math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.cpu or max(chips)}"
+    chips = [1]
+    for name in _topologies(options):
+        with contextlib.suppress(topology.TopologyError):  # which `plan` tells
+            chips.append(topology.size(name))
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={max(chips)}"
     os.environ["XLA_FLAGS"] = flags.strip()
+
+
+def _topologies(options: argparse.Namespace) -> list[str]:
+    return options.topology or [f"cpu:{options.cpu}" if options.cpu else "v5e:4x4"]
 
 
 def plan(options: argparse.Namespace, console: Console) -> None:
@@ -218,11 +225,10 @@ def plan(options: argparse.Namespace, console: Console) -> None:
     parsed = config.load(options.config, options.overrides)
     if options.cpu and options.topology:
         raise config.ConfigError(["plan: give --topology or --cpu, not both"])
-    names = [f"cpu:{options.cpu}"] if options.cpu else options.topology or ["v5e:4x4"]
     try:
-        machines = [topology.named(name) for name in names]
+        machines = [topology.named(name) for name in _topologies(options)]
     except topology.TopologyError as error:
-        raise config.ConfigError([f"--topology: {error}"]) from None
+        raise config.ConfigError([f"--{'cpu' if options.cpu else 'topology'}: {error}"], "plan") from None
     methods = [name.strip() for name in options.methods.split(",")] if options.methods else ()
     found = []
     for one in plan.plans(parsed, machines, methods, effort=options.effort):

@@ -32,8 +32,18 @@ class Model:
     """The type the weights are held and multiplied in."""
     quantize: Literal["nf4", "int8", "int4", "gguf"] | None = None
     """Holds the linear weights in few bits; see `jaxpeft.quantize`. `gguf`: a built-in model's own blocks."""
+    quantize_block: Positive | None = None
+    """How many neighbouring weights share a scale. Default: 64."""
+    quantize_exclude: str | tuple[str, ...] | None = None
+    """Weights that stay floats, as in `sites.exclude`."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes again instead of keeping: nothing of a layer, all but its products, all."""
+
+    def __post_init__(self) -> None:
+        """Refuses settings of blocks where there are none to set."""
+        for name in ("quantize_block", "quantize_exclude"):
+            if getattr(self, name) is not None and self.quantize in (None, "gguf"):
+                raise ValueError(f"{name} has no effect with quantize={self.quantize}; expected nf4, int8 or int4")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 import jaxpeft
 from jaxpeft.adapter import Adapter
-from train import card, devices, job, loop, optim, report, run
+from train import card, devices, job, loop, metrics, optim, report, run
 from train.config import Config
 
 
@@ -23,15 +23,15 @@ def fit(config: Config, console: Console) -> Path:
       Diverged, Stopped: see `loop.train`.
     """
     folder = run.open_folder(config)
+    _check_place(folder / "adapter")
+    before = _before(folder / "before.json")
     made = job.assemble(config)
     console.print(str(jaxpeft.summary(made.adapter)), *made.notes, sep="\n", markup=False, highlight=False)
     if jax.process_index() == 0:
         run.claim(folder, config, _run_bytes(made, config.train.keep))
 
     evaluator = made.task.evaluator(made)
-    if (folder / "before.json").exists():
-        before = run.json_of(folder / "before.json")
-    else:
+    if before is None:
         console.print("measuring before training …")
         before = evaluator(made.adapter)
         if jax.process_index() == 0:
@@ -39,6 +39,9 @@ def fit(config: Config, console: Console) -> Path:
     adapter = loop.train(made, folder, evaluator)
     console.print("measuring after training …")
     after = evaluator(adapter)
+    if before.keys() != after.keys():
+        held, wanted = ", ".join(before), ", ".join(after)
+        raise run.RunError(f"{folder / 'before.json'}: holds {held}, expected {wanted}; delete it to measure again")
 
     # Of the same few rows in the same batches: only then is the same adapter bound to give the identical number.
     rows = config.train.evaluate_rows
@@ -110,6 +113,27 @@ def show(console: Console, folder: Path) -> None:
     for line in report.table(summary):
         table.add_row(*line)
     console.print(table)
+
+
+def _check_place(path: Path) -> None:
+    """Raises RunError if something else is where the trained adapter goes: it is written last, and would be refused."""
+    try:
+        found = [child.name for child in path.iterdir()] if path.exists() else []
+    except OSError as error:
+        raise run.RunError(f"{path}: expected a folder for the trained adapter: {error.strerror or error}") from None
+    if found and not any(name.isdigit() for name in found):
+        raise run.RunError(f"{path}: expected the trained adapter, found {', '.join(sorted(found))}; move them away")
+
+
+def _before(path: Path) -> dict[str, float] | None:
+    """What was measured before training, when the run was started first; None if it is not yet.
+
+    Raises:
+      RunError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    return metrics.numbers(metrics.content(path), str(path), ["eval_loss"])
 
 
 def _run_bytes(made: job.Job, keep: int) -> int:

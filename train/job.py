@@ -15,6 +15,7 @@ from jaxpeft import models
 from jaxpeft.adapter import Adapter
 from jaxpeft.methods import full, mixed
 from jaxpeft.models.encoder_model import HEAD
+from jaxpeft.models.loading import ModelFileError
 from jaxpeft.spec import Spec
 from train import data, devices, optim, task
 from train.config import Config, ConfigError
@@ -163,7 +164,9 @@ def pretrained(config: Config, mesh: Mesh | None, weights: bool = True) -> Any:
     try:
         kept = config.model.quantize == "gguf"
         model = models.pretrained(name, dtype=dtype, mesh=mesh, weights=weights, keep_blocks=kept)
-    except ValueError as error:  # no such model, or files that are not one
+    except ModelFileError:  # a file is damaged, and no setting is wrong
+        raise
+    except ValueError as error:  # no such model, or one of an unknown architecture
         raise ConfigError([f"model.name: {error}"]) from None
     return _quantized(config, model.with_config(remat=config.model.remat))
 
@@ -190,13 +193,14 @@ def _adapter(config: Config, model: Any, outputs: Sequence[str], key: Any, weigh
 
 
 def _quantized(config: Config, model: Any) -> Any:
-    if config.model.quantize in (None, "gguf"):
+    kind, block, exclude = config.model.quantize, config.model.quantize_block, config.model.quantize_exclude
+    if kind in (None, "gguf"):
         return model
     try:
-        params = jaxpeft.quantize.quantize(model.params, config.model.quantize)
+        params = jaxpeft.quantize.quantize(model.params, kind, block=block, exclude=exclude)
         return dataclasses.replace(model, params=params)
-    except ValueError as error:  # a block that does not divide a weight
-        raise ConfigError([f"model.quantize: {error}"]) from None
+    except ValueError as error:  # a block that does not divide a weight, or a name that none has
+        raise ConfigError([f"model.quantize: {error} (model.quantize_block, model.quantize_exclude)"]) from None
 
 
 def sites(config: Config, params: Any) -> jaxpeft.Sites:

@@ -1,9 +1,11 @@
 """What is written down while training: metrics.jsonl, TensorBoard, a progress bar."""
 
 import json
+import math
 import os
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from train import run
+
+STEP = ("step", "loss", "tokens", "seconds")
+"""What the record of a step has at least."""
 
 
 class Metrics:
@@ -30,7 +35,8 @@ class Metrics:
       steps: steps of the whole run.
 
     Raises:
-      RunError: here and in every method: the files cannot be written, for instance because the disk is full.
+      RunError: metrics.jsonl is damaged; here and in every method: the files cannot be written, for instance because
+        the disk is full.
     """
 
     def __init__(self, folder: Path, done: int, steps: int):
@@ -50,9 +56,15 @@ class Metrics:
         if self.writes:
             self.path = folder / "metrics.jsonl"
             kept = [record for record in read(self.path) if record["step"] <= done]
+            if [record["step"] for record in kept] != list(range(1, done + 1)):
+                raise run.RunError(
+                    f"{self.path}: holds {len(kept)} records of the checkpoint's {done} steps, expected one of each; "
+                    f"put the file back, or delete {folder / 'checkpoints'} to train again"
+                )
             run.write(self.path, "".join(json.dumps(record) + "\n" for record in kept))
             with run.writing(self.path):
                 self.file = self.path.open("a", encoding="utf-8")
+            with run.writing(folder / "tensorboard"):
                 self.board = _Board(folder / "tensorboard", done)
 
     def __enter__(self) -> "Metrics":
@@ -109,13 +121,52 @@ class _Board:
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The records of metrics.jsonl; a last line cut off by a kill is left out."""
+    """The records of metrics.jsonl; a last line cut off by a kill is left out.
+
+    Raises:
+      RunError: it cannot be read, or another line is damaged.
+    """
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    *lines, last = content(path).split(b"\n")
+    records = [numbers(line, f"{path}:{number}", STEP) for number, line in enumerate(lines, start=1)]
+    try:
+        return [*records, numbers(last, str(path), STEP)]
+    except run.RunError:
+        return records
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a file of a run folder.
+
+    Raises:
+      RunError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise run.RunError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def numbers(text: bytes, place: str, names: Sequence[str]) -> dict[str, float]:
+    """A JSON object of finite numbers.
+
+    Args:
+      text: the JSON.
+      place: for the message: the file, and the line if there are several.
+      names: which numbers there must be.
+
+    Raises:
+      RunError: it is something else.
+    """
+    try:
+        found = json.loads(text)
+        if set(names) <= found.keys() and all(type(n) in (int, float) and abs(n) < math.inf for n in found.values()):
+            return found
+    except (AttributeError, ValueError, RecursionError):  # no object; no JSON
+        pass
+    start = f"{text[:60]!r}".removeprefix("b")
+    raise run.RunError(
+        f"{place}: damaged, or written by another version: expected a JSON object of numbers with {', '.join(names)}, "
+        f"found {start}{' …' if len(text) > 60 else ''}"
+    )

@@ -2,15 +2,40 @@
 
 import importlib.metadata
 import io
+import json
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+from pydantic import TypeAdapter, ValidationError
 
+from jaxpeft.sites import Sites
+from train import config as configuration
 from train import metrics, run
 
 PACKAGES = ("jaxpeft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What of summary.json is written out; its measures, each before and after, are besides."""
+
+    config: dict[str, Any]
+    versions: dict[str, str]
+    devices: str
+    eval_loss_before: float
+    eval_loss_after: float
+    trainable_parameters: int
+    adapter_bytes: int
+    steps: int
+    tokens: int
+    train_seconds: float
+    tokens_per_second: float
+    compile_seconds: float
+    peak_memory_bytes: int
+    head_parameters: int = 0
 
 
 def summary(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
@@ -50,14 +75,45 @@ def write(folder: Path) -> Path:
     """Writes report.md and loss.png from a finished run's summary.json and metrics.jsonl.
 
     Raises:
-      RunError: the run is not finished.
+      RunError: the run is not finished, or one of the two files is damaged.
     """
     if not (folder / "summary.json").exists():
         raise run.RunError(f"{folder}: no summary.json; the run is not finished, start it again to go on")
-    summary = run.json_of(folder / "summary.json")
-    run.write(folder / "loss.png", _plot(metrics.read(folder / "metrics.jsonl"), summary))
+    summary, records = _read(folder / "summary.json"), metrics.read(folder / "metrics.jsonl")
+    if len(records) != summary["steps"]:
+        raise run.RunError(
+            f"{folder / 'metrics.jsonl'}: holds {len(records)} records, expected one of each of the run's "
+            f"{summary['steps']} steps"
+        )
+    run.write(folder / "loss.png", _plot(records, summary))
     run.write(folder / "report.md", _markdown(summary))
     return folder / "report.md"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A summary.json that can be written out.
+
+    Raises:
+      RunError: it is damaged.
+    """
+    text = metrics.content(path)
+    try:
+        TypeAdapter(_Summary).validate_json(text, strict=True)
+        found = json.loads(text)
+        configuration.parse(json.dumps(found["config"]), origin="config")
+        Sites.from_dict(found.get("sites", {"groups": []}))
+        ends = [name.removesuffix("_after") for name in found if name.endswith("_after")]
+        TypeAdapter(dict[str, float]).validate_python(
+            {f"{name}_{end}": found.get(f"{name}_{end}") for name in ends for end in ("before", "after")}, strict=True
+        )
+        return found
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}".removeprefix(": ") for one in error.errors()]
+    except (AttributeError, KeyError, TypeError) as error:
+        wrong = [f"sites: {error!r}"]
+    except ValueError as error:
+        wrong = [" ".join(str(error).split())]
+    raise run.RunError(f"{path}: damaged, or written by another version: {'; '.join(wrong)}")
 
 
 def table(summary: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -122,7 +122,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"{path}:{number}", _json(_decoded(line, f"{path}:{number}"), f"{path}:{number}")
+                place = f"{path}:{number}"
+                yield place, _characters(_json(_decoded(line, place), place), place)
 
 
 def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
@@ -135,7 +136,7 @@ def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
             f"{path}: expected a JSON array of rows, found {type(records).__name__}; one row a line is .jsonl"
         )
     for number, record in enumerate(records, start=1):
-        yield f"{path}: row {number}", record
+        yield f"{path}: row {number}", _characters(record, f"{path}: row {number}")
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -160,7 +161,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
     try:
         records = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not valid Parquet ({error}); the file may be truncated") from None
     for number, record in enumerate(records, start=1):
         yield f"{path}: row {number}", record
@@ -200,6 +201,20 @@ def _json(text: str, place: str) -> Any:
     except json.JSONDecodeError as error:
         where = f" line {error.lineno}" if error.lineno > 1 else ""
         raise DataError(f"{place}:{where} not valid JSON ({error.msg}); the file may be truncated") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{place}: cannot be read as JSON: {error}") from None
+    except RecursionError:
+        raise DataError(f"{place}: brackets nested too deeply; expected rows of texts") from None
+
+
+def _characters(record: Any, place: str) -> Any:
+    """The record, whose texts are made of characters: JSON can escape half of one, which no tokenizer takes."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(f"{place}: found {half!r}, half of a surrogate pair; expected whole characters") from None
+    return record
 
 
 def _row(record: Any, place: str, columns: Mapping[str, str]) -> Row:

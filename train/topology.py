@@ -26,6 +26,8 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 # Generation -> its slices, in chips along each axis, that Google Cloud documents.
 SHAPES = {"v4": _CUBES, "v5e": _FLAT, "v5p": _CUBES, "v6e": _FLAT, "tpu7x": _CUBES}
 
+MOST = 4096  # chips of a topology: twice the largest slice
+
 # libtpu looks for the TPU it runs on: these answer for the machine that has none. Several processes may load it at
 # once, as parallel tests do.
 _WITHOUT_TPU = {
@@ -115,14 +117,32 @@ def named(name: str) -> Topology:
       train.topology.TopologyError: v5e:3x3 is no slice of v5e; the nearest are v5e:2x4, v5e:4x4
     """
     generation, _, shape = name.partition(":")
-    if generation == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
-        return cpu(int(shape))
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", shape) or generation not in (*SHAPES, "cuda"):
+    count = size(name)
+    if generation == "cpu":
+        return cpu(count)
+    return _cuda(name, shape) if generation == "cuda" else _tpu(name, generation, shape)
+
+
+def size(name: str) -> int:
+    """How many chips a name asks for, whether there is such a topology or not.
+
+    Raises:
+      TopologyError: it is no name, or asks for too many.
+
+    Examples:
+      >>> size("v5e:4x4")
+      16
+    """
+    generation, _, shape = name.partition(":")
+    axes = r"[1-9]\d{0,8}" if generation == "cpu" else r"[1-9]\d{0,8}(x[1-9]\d{0,8}){0,2}"
+    if not re.fullmatch(axes, shape) or generation not in (*SHAPES, "cuda", "cpu"):
         known = ", ".join(f"{each}:{shapes[-1]}" for each, shapes in SHAPES.items())
         raise TopologyError(
             f"{name!r} is no topology; expected a generation and a shape like {known}, cuda:1x1x8, cpu:8"
         )
-    return _cuda(name, shape) if generation == "cuda" else _tpu(name, generation, shape)
+    if (chips := math.prod(map(int, shape.split("x")))) > MOST:
+        raise TopologyError(f"{name}: asks for {chips:,} chips; expected at most {MOST:,}")
+    return chips
 
 
 def cpu(count: int) -> Topology:

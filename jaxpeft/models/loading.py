@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,10 @@ from jaxpeft.sites import flatten, paths_and_leaves
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder with one of them has a tokenizer."""
 _DTYPES = ("float32", "float16", "bfloat16")
+
+
+class ModelFileError(ValueError):
+    """A file of a model's folder that is damaged, or not what its name says; the message names it."""
 
 
 def load(
@@ -59,8 +65,9 @@ def load(
 
     Raises:
       FileNotFoundError: the folder, its configuration, weights or tokenizer are missing.
-      ValueError: an unsupported architecture, a damaged file, or tensors that are missing, unexpected or of another
-        shape than the configuration says: all are listed at once; a layout that does not divide a parameter.
+      ModelFileError: a damaged file; tensors that are missing, unexpected or of another shape than the configuration
+        says: all are listed at once.
+      ValueError: an unsupported architecture; a layout that does not divide a parameter.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -110,7 +117,10 @@ class _Tensors:
 
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            places = _json(index).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+                raise ModelFileError(f"{index}: no weight_map; expected the names of the tensors and their files")
+            names = sorted(set(places.values()))
         else:
             names = ["model.safetensors"]
         missing = [name for name in names if not (folder / name).exists()]
@@ -121,9 +131,9 @@ class _Tensors:
         for name in names:
             try:
                 file = safe_open(folder / name, framework="numpy")
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 size = (folder / name).stat().st_size
-                raise ValueError(f"{folder / name}: damaged or incomplete ({size} bytes): {error}") from error
+                raise ModelFileError(f"{folder / name}: damaged or incomplete ({size} bytes): {error}") from error
             # A slice keeps its file open.
             for key in file.keys():  # noqa: SIM118, not a dict
                 self.slices[key if config is None else known_name(key, config)] = file.get_slice(key)
@@ -156,7 +166,7 @@ class _Tensors:
                 problems.append(f"shape: {name} is {found} in the file and {shapes[name]} by the configuration")
         if problems:
             listed = "\n  ".join(problems[:40]) + (f"\n  … {len(problems) - 40} more" if len(problems) > 40 else "")
-            raise ValueError(f"{self.folder}: {len(problems)} tensors do not fit config.json:\n  {listed}")
+            raise ModelFileError(f"{self.folder}: {len(problems)} tensors do not fit config.json:\n  {listed}")
 
     def array(self, path: str, name: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         """A parameter as laid out by `sharding`, every shard read and stacked on its own."""
@@ -208,7 +218,7 @@ def _config(folder: Path, **numerics: str) -> Config | EncoderConfig:
         return Config.from_hf(found, **numerics)
     config = EncoderConfig.from_hf(found, **numerics)
     if config.is_vision and (folder / "preprocessor_config.json").exists():
-        read = json.loads((folder / "preprocessor_config.json").read_text())
+        read = _json(folder / "preprocessor_config.json")
         stated = {name: tuple(read[name]) for name in ("image_mean", "image_std") if name in read}
         config = dataclasses.replace(config, **stated)
     return config
@@ -219,11 +229,39 @@ def _read_config(folder: Path) -> Any:
 
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder}: no config.json; expected a model saved in the Hugging Face format")
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    with _naming(folder, "config.json"):
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+@contextmanager
+def _naming(folder: Path, name: str) -> Iterator[None]:
+    """Names the file at fault where transformers, which raises a dozen unrelated types, cannot read some of a folder.
+
+    Args:
+      folder: the model's.
+      name: the file that is meant to be read; one beside it that is no JSON is named instead.
+    """
+    try:
+        yield
+    except Exception as error:
+        for path in (folder / name, *sorted(folder.glob("*.json"))):
+            _json(path)
+        why = " ".join(str(error).split())
+        raise ModelFileError(f"{folder / name}: cannot be used ({type(error).__name__}: {why})") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The object that a JSON file holds; empty where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = f"{error.strerror}" if isinstance(error, OSError) else f"{error}; it may be truncated"
+        raise ModelFileError(f"{path}: expected a JSON object, cannot be read: {why}") from None
+    if not isinstance(found, dict):
+        raise ModelFileError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 def _eos_ids(config: dict[str, Any]) -> tuple[int, ...]:
@@ -235,6 +273,8 @@ def _eos_ids(config: dict[str, Any]) -> tuple[int, ...]:
 def _read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    names = [name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if not names:
         raise FileNotFoundError(f"{folder}: no tokenizer.json; pass tokenizer=False to load the weights alone")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with _naming(folder, names[0]):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
