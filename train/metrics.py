@@ -57,9 +57,10 @@ class Metrics:
             self.path = folder / "metrics.jsonl"
             kept = [record for record in read(self.path) if record["step"] <= done]
             if [record["step"] for record in kept] != list(range(1, done + 1)):
-                raise run.RunError(
-                    f"{self.path}: holds {len(kept)} records of the checkpoint's {done} steps, expected one of each; "
-                    f"put the file back, or delete {folder / 'checkpoints'} to train again"
+                # Somebody has changed the file. That is no reason to give up what was trained.
+                self.console.print(
+                    f"{self.path} holds {len(kept)} records of the checkpoint's {done} steps, expected one of each: "
+                    "the report will show those"
                 )
             run.write(self.path, "".join(json.dumps(record) + "\n" for record in kept))
             with run.writing(self.path):
