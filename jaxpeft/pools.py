@@ -73,7 +73,9 @@ def _sums(values: Array, index: Array, *, shared: int, entries: int) -> Array:
             rows, values = layer
             return total.at[rows].add(values, unique_indices=True, mode="promise_in_bounds"), None
 
-        return jax.lax.scan(add, jnp.zeros((entries, *values.shape[2:]), values.dtype), (index, values))[0]
+        # Like the values, to vary over the same axes of a mesh.
+        none = jnp.zeros_like(values, shape=(entries, *values.shape[2:]))
+        return jax.lax.scan(add, none, (index, values))[0]
 
     return _over(summed, shared)(values, index)
 

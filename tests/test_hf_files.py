@@ -408,7 +408,7 @@ def test_what_peft_cannot_say(spec, selection, message, tmp_path) -> None:
         ({"use_dora": True}, r"missing: base_model\.model\.layers\.0\.down\.lora_magnitude_vector"),
         ({"modules_to_save": ["embed"]}, r"missing: base_model\.model\.embed\.weight"),
         ({"bias": "all"}, None),
-        ({"r": "3"}, "the config's fields of all modules are no LORA"),
+        ({"r": "3"}, "rank='3', expected an integer"),
         ({"r": 0}, "rank=0, expected at least 1"),
         ({"bias": "some"}, "bias='some' .only 'none', 'all' and 'lora_only'"),
     ],

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import jaxpeft
 from jaxpeft import models, pools
@@ -190,6 +191,21 @@ GATHERED = {
 def test_gather_is_linear_in_every_transformation(case) -> None:
     found, expected = (GATHERED[case](gather) for gather in (pools.gather, lambda pool, index: pool[index]))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gather_of_a_pool_that_varies_over_a_mesh() -> None:
+    """In `jax.shard_map`, where every device has a gradient of its own."""
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+
+    def gradient(pool, scale):
+        own = jax.lax.pcast(pool, ("data",), to="varying")
+        return jax.grad(lambda pool: jnp.sum(jnp.sin(pools.gather(pool, INDEX) * scale)))(own)[None]
+
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("data")), "out_specs": PartitionSpec("data")}
+    found = jax.jit(jax.shard_map(gradient, mesh=mesh, **specs))(POOL, jnp.array([1.0, 2.0]))
+    for scale, own in zip((1.0, 2.0), found, strict=True):
+        expected = jax.grad(lambda pool, scale=scale: jnp.sum(jnp.sin(pool[INDEX] * scale)))(POOL)
+        np.testing.assert_allclose(own, expected, atol=1e-5)
 
 
 def test_gather_backward_is_the_scatter_and_repeats_to_the_bit() -> None:

@@ -83,7 +83,7 @@ class BlockDiagonal(Update):
         k, _, width = self.a.shape
         hidden = jnp.einsum("...ki,kqi->...kq", x.reshape(*x.shape[:-1], k, width), self.a.astype(x.dtype))
         y = jnp.einsum("...kq,kqo->...ko", hidden * self.scale.astype(x.dtype), self.b.astype(x.dtype))
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], k * self.b.shape[-1])
 
     def delta_rows(self, take: Callable[[Array], Array]) -> Array:  # noqa: D102
         return self.factors().delta_rows(take)
