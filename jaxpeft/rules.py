@@ -304,6 +304,20 @@ def slice_(params: dict, value: Adapted) -> Any:
     return _cut_stack(value, sizes, cut)
 
 
+def unstack(params: dict, value: Adapted) -> Any:
+    """All entries of one axis, as iteration over an array reads them from jax 0.12 on."""
+    shape, at = [value.weight.shape[axis] for axis in value.order], params["axis"]
+    entries = []
+    for number in range(shape[at]):
+        bounds = {"start_indices": [0] * len(shape), "limit_indices": list(shape), "strides": None}
+        bounds["start_indices"][at], bounds["limit_indices"][at] = number, number + 1
+        one = slice_(bounds, value)
+        if one is NotImplemented:
+            return NotImplemented
+        entries.append(squeeze({"dimensions": (at,)}, one))
+    return entries
+
+
 def dynamic_slice(params: dict, value: Any, *starts: Any) -> Any:
     """A slice of the layers at traced positions."""
     if not isinstance(value, Adapted):
@@ -423,7 +437,7 @@ RULES: dict[jex.Primitive, Callable[..., Any]] = {
     primitives.name_p: on_weight(primitives.name_p.bind),
 }
 
-RULES_BY_NAME: dict[str, Callable[..., Any]] = {"pvary": pvary, "reshard": reshard}
+RULES_BY_NAME: dict[str, Callable[..., Any]] = {"pvary": pvary, "reshard": reshard, "unstack": unstack}
 """Rules of primitives that jax gives no public name."""
 
 

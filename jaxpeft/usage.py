@@ -125,6 +125,9 @@ def _into(
         case primitives.squeeze_p if first:
             gone: Any = params["dimensions"]
             axes = tuple(axis for at, axis in enumerate(first.axes) if at not in gone)
+        case primitive if primitive.name == "unstack" and first:  # Of jax 0.12 on, without a public name.
+            kept = tuple(axis for at, axis in enumerate(first.axes) if at != params["axis"])
+            return [dataclasses.replace(first, axes=kept)] * len(equation.outvars)
         case primitives.reshape_p if first and params["dimensions"] is None and math.prod(shapes[0]):
             axes = _reshaped(first.axes, shapes[0], params["new_sizes"])
         case primitives.broadcast_in_dim_p if first:

@@ -91,6 +91,7 @@ FUSED = {
         "llio",
         lambda p: jnp.einsum("ebi,leio->leob", jnp.stack([X, X + 1]), p["w"]),
     ),
+    "a loop over the layers": ((STACK, IN, OUT), "lio", lambda p: sum(X @ w for w in p["w"])),
     "a layer by a static index": ((STACK, IN, OUT), "lio", lambda p: X @ p["w"][1]),
     "a layer by a traced index": ((STACK, IN, OUT), "lio", lambda p: X @ p["w"][jnp.argmax(X[0]) % STACK]),
     "a slice of layers": (
