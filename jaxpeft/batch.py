@@ -209,9 +209,8 @@ def batched(fn: Callable) -> Callable:
         own = _given(stacks) if ids is None else rows(stacks, ids)  # pyright: ignore[reportArgumentType]
         count = _count(own) if ids is None else len(ids)
         _check(count, args)
-        if count is None:
-            count = next((len(leaf) for leaf in jax.tree.leaves(args)), 0)
-        keys = None if dropout_key is None else jax.random.split(dropout_key, count)
+        # Rows without updates drop nothing.
+        keys = None if dropout_key is None or count is None else jax.random.split(dropout_key, count)
 
         def row(own: list[Rows], key: Array | None, args: Any) -> Any:
             updates = [Expanded(one.made, one.spec, one.sites) for one in own]

@@ -38,11 +38,7 @@ def arrays(adapter: Adapter) -> None:
     if not hasattr(method_of(adapter.spec), "init"):  # A method that makes none says nothing of their shapes.
         return
     wanted = _shapes(adapter.spec, adapter.sites)
-    found = {
-        (item, path): tuple(jnp.shape(leaf))
-        for item in ("params", "constants")
-        for path, leaf in paths_and_leaves(getattr(adapter, item))
-    }
+    found = _shapes_of(adapter)
     if found == wanted:
         return
     missing, unexpected = (
@@ -70,9 +66,12 @@ def _is_adapter(value: Any) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _shapes(spec: Spec, sites: Sites) -> dict[tuple[str, str], tuple[int, ...]]:
-    made = jax.eval_shape(functools.partial(abstract, spec, sites))
+    return _shapes_of(jax.eval_shape(functools.partial(abstract, spec, sites)))
+
+
+def _shapes_of(adapter: Adapter) -> dict[tuple[str, str], tuple[int, ...]]:
     return {
-        (item, path): tuple(leaf.shape)
+        (item, path): tuple(jnp.shape(leaf))
         for item in ("params", "constants")
-        for path, leaf in paths_and_leaves(getattr(made, item))
+        for path, leaf in paths_and_leaves(getattr(adapter, item))
     }

@@ -9,7 +9,9 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
+
+from jaxpeft.primitive import define
 
 
 def draw(key: Array, *, layers: int, slots: int, public: int, private: int) -> Array:
@@ -86,7 +88,7 @@ def _over(fn: Callable, shared: int) -> Callable:
     return fn
 
 
-def _batched(primitive: Any, before: int, after: int, operands: Any, axes: Any, **params: Any) -> tuple[Array, int]:
+def _batched(before: int, after: int, primitive: Any, operands: Any, axes: Any, **params: Any) -> tuple[Array, int]:
     """One axis more, of a primitive whose first operand has `before` axes where its result has `after`.
 
     An axis of the index is one that both operands have; without, it lies behind those that the primitive looks at.
@@ -104,12 +106,8 @@ def _batched(primitive: Any, before: int, after: int, operands: Any, axes: Any, 
 
 def _linear(name: str, implementation: Callable, before: int, after: int) -> jex.Primitive:
     """A primitive that is linear in its first operand."""
-    made = jex.Primitive(name)
-    made.def_impl(jax.jit(implementation, static_argnames=("shared", "entries")))
-    made.def_abstract_eval(lambda *of, **params: jax.make_jaxpr(partial(implementation, **params))(*of).out_avals[0])
+    made = define(name, implementation, partial(_batched, before, after), ("shared", "entries"))
     ad.defjvp(made, lambda tangent, _, index, **params: made.bind(tangent, index, **params), None)
-    batching.primitive_batchers[made] = partial(_batched, made, before, after)
-    mlir.register_lowering(made, mlir.lower_fun(implementation, multiple_results=False))
     return made
 
 

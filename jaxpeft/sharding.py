@@ -290,8 +290,8 @@ def _expansion(of: Adapter, shardings: Mapping[str, NamedSharding]) -> _Expansio
         served = BATCH if "i" in group.layout or shapes[name].on_output else ()
         copies[name] = tuple(axis for axis in served if mesh.shape.get(axis, 1) > 1 and axis not in split)
         for spec in specs:
-            kept = [[axis for axis in _names(entry, mesh) if axis not in copies[name]] for entry in spec]
-            spec, atom = _spec([tuple(names) for names in kept]), next(outvars)
+            kept = [tuple(axis for axis in _names(entry, mesh) if axis not in copies[name]) for entry in spec]
+            spec, atom = _spec(kept), next(outvars)
             outputs.append(_Output(spec, copies[name], alone.get(atom) if isinstance(atom, jex.Var) else None))
     return _Expansion(jax.tree.structure(shapes), outputs, copies)
 

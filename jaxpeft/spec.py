@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType, NoneType
+from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -87,7 +87,7 @@ class Spec:
         for field in dataclasses.fields(self):
             if isinstance(value := getattr(self, field.name), np.generic):  # JSON knows no others than Python's.
                 object.__setattr__(self, field.name, value.item())
-            kinds = {*(get_args(field.type) or (field.type,))} - {NoneType}
+            kinds = {*(get_args(field.type) if isinstance(field.type, UnionType) else (field.type,))} - {NoneType}
             if kinds <= {bool, int, float} and getattr(self, field.name) is not None:
                 expected = "a number" if float in kinds else "an integer" if int in kinds else "True or False"
                 require(_is_one_of(getattr(self, field.name), kinds), self, field.name, expected)

@@ -4,11 +4,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import Array
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 from jax.sharding import AxisType
+
+from jaxpeft.primitive import define
 
 
 def times(hidden: Array, factor: Array) -> Array:
@@ -42,10 +43,6 @@ def _product(hidden: Array, factor: Array, *, shared: int, precision: Any) -> Ar
     return _dot(hidden, factor, (hidden.ndim - 1,), (shared,), shared=shared, precision=precision)
 
 
-def _abstract(hidden: Any, factor: Any, **params: Any) -> Any:
-    return jax.make_jaxpr(partial(_product, **params))(hidden, factor).out_avals[0]
-
-
 def _of_hidden(cotangent: Array, hidden: Any, factor: Array, *, shared: int, precision: Any) -> Array:
     del hidden
     return _dot(cotangent, factor, (cotangent.ndim - 1,), (shared + 1,), shared=shared, precision=precision)
@@ -57,20 +54,16 @@ def _of_factor(cotangent: Array, hidden: Array, factor: Any, *, shared: int, pre
     return _dot(hidden, cotangent, tokens, tokens, shared=shared, precision=precision)
 
 
-def _batched(operands: Any, axes: Any, *, shared: int, precision: Any) -> tuple[Array, int]:
+def _batched(primitive: Any, operands: Any, axes: Any, *, shared: int, precision: Any) -> tuple[Array, int]:
     (hidden, factor), (of_hidden, of_factor) = operands, axes
     if of_factor is None:  # One axis more of tokens.
         hidden = jnp.moveaxis(hidden, of_hidden, shared)
-        return _times.bind(hidden, factor, shared=shared, precision=precision), shared
+        return primitive.bind(hidden, factor, shared=shared, precision=precision), shared
     if of_hidden is None:
         return jax.vmap(partial(_product, shared=shared, precision=precision), in_axes=axes)(hidden, factor), 0
     hidden, factor = jnp.moveaxis(hidden, of_hidden, 0), jnp.moveaxis(factor, of_factor, 0)
-    return _times.bind(hidden, factor, shared=shared + 1, precision=precision), 0
+    return primitive.bind(hidden, factor, shared=shared + 1, precision=precision), 0
 
 
-_times = jex.Primitive("thin_product")
-_times.def_impl(jax.jit(_product, static_argnames=("shared", "precision")))
-_times.def_abstract_eval(_abstract)
+_times = define("thin_product", _product, _batched, ("shared", "precision"))
 ad.defbilinear(_times, _of_hidden, _of_factor)
-batching.primitive_batchers[_times] = _batched
-mlir.register_lowering(_times, mlir.lower_fun(_product, multiple_results=False))

@@ -381,7 +381,7 @@ class Server(uvicorn.Server):
             late.cancel()
 
 
-def run(service: Service, address: socket.socket, grace: float, ready: Callable[[], None] = lambda: None) -> None:
+def run(service: Service, address: socket.socket, grace: float, ready: Callable[[], None]) -> None:
     """Serves until SIGTERM or Ctrl-C.
 
     Args:

@@ -49,10 +49,7 @@ def service(options: argparse.Namespace) -> serve.Service:
     for option in ("timeout", "grace"):
         if not 0 < getattr(options, option) < math.inf:
             raise ConfigError([f"--{option}: expected more than 0 seconds, found {getattr(options, option)}"], "serve")
-    try:
-        keys = api_keys(options.api_key)
-    except ValueError as error:
-        raise ConfigError([str(error)], "serve") from None
+    keys = api_keys(options.api_key)
     # A path's own name also where it is given as `.`; the name of a hub's model stays as it is.
     path = Path(parsed.model.name)
     name = options.name or (path.resolve() if path.exists() else path).name
@@ -80,11 +77,11 @@ def api_keys(given: Sequence[str] | None) -> list[str]:
     """The keys of the command line and of ``JAXPEFT_API_KEY``, which other users of the machine do not see.
 
     Raises:
-      ValueError: one is blank, as of a variable that is not set.
+      ConfigError: one is blank, as of a variable that is not set.
     """
     keys = [*(given or ()), *filter(None, os.environ.get("JAXPEFT_API_KEY", "").split(","))]
     if any(not key.strip() for key in keys):
-        raise ValueError("--api-key: a key is blank, which would keep nobody out")
+        raise ConfigError(["--api-key: a key is blank, which would keep nobody out"], "serve")
     return [key.strip() for key in keys]
 
 
