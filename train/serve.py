@@ -367,8 +367,11 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, grace: float):
         # uvicorn cuts connections off; by then the engine has cancelled what they wait for, and they have said so.
         cut = math.ceil(grace) + 5
-        # No route is a websocket, and the packages that uvicorn looks for warn of themselves.
-        super().__init__(uvicorn.Config(app(service), log_level="warning", ws="none", timeout_graceful_shutdown=cut))
+        # No route is a websocket, and the packages that uvicorn looks for warn of themselves. Its own configuration of
+        # logging would close the handlers of others, and absl's closes a stream that stderr no longer is.
+        super().__init__(
+            uvicorn.Config(app(service), log_level="warning", log_config=None, ws="none", timeout_graceful_shutdown=cut)
+        )
         self.engine, self.grace = service.engine, grace
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
