@@ -150,10 +150,15 @@ def abstract(spec: Spec, sites: Sites) -> Adapter:
     return init(jax.random.key(0), spec, sites, weights)
 
 
+def check_one(given: Any) -> None:
+    """Raises TypeError unless it is one adapter."""
+    if not isinstance(given, Adapter):
+        raise TypeError(f"expected an adapter, found {kind_of(given)}")
+
+
 def count(adapter: Adapter) -> int:
     """Number of trained parameters; a shared pool counts once."""
-    if not isinstance(adapter, Adapter):
-        raise TypeError(f"expected an adapter, found {kind_of(adapter)}")
+    check_one(adapter)
     return sum(leaf.size for leaf in jax.tree.leaves(adapter.params))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.adapter import Adapter, abstract
+from jaxpeft.adapter import Adapter, abstract, check_one
 from jaxpeft.sites import Sites, paths_and_leaves
 from jaxpeft.spec import Spec, kind_of, method_of, name_of
 
@@ -54,8 +54,7 @@ def arrays(adapter: Adapter) -> None:
 
 def adapter(given: Any) -> None:
     """Raises TypeError unless it is one adapter, and ValueError unless its arrays are those of its spec and sites."""
-    if not isinstance(given, Adapter):
-        raise TypeError(f"expected an adapter, found {kind_of(given)}")
+    check_one(given)
     arrays(given)
 
 

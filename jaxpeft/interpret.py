@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import primitives
 
-from jaxpeft import rules
+from jaxpeft import rules, views
 from jaxpeft.values import Adapted, by_layer, record
 
 
@@ -100,7 +100,7 @@ def _remat(params: dict, needed: Sequence[bool], operands: Sequence[Any]) -> lis
 
 def _scan(params: dict, needed: Sequence[bool], operands: Sequence[Any]) -> Any:
     consts, carry, xs = scan_groups(params, operands)
-    leading = [rules.stack_axis_first(x) if isinstance(x, Adapted) else x for x in xs]
+    leading = [views.stack_axis_first(x) if isinstance(x, Adapted) else x for x in xs]
     if any(x is NotImplemented for x in leading):
         return NotImplemented
     # A stacked weight that the body hands back slice by slice is that weight again.
@@ -113,7 +113,7 @@ def _scan(params: dict, needed: Sequence[bool], operands: Sequence[Any]) -> Any:
 
     def body(carry: list, xs: list) -> tuple[list, list]:
         whole = join([leaf if x is None else x for leaf, x in zip(leaves, xs, strict=True)])
-        slices = [rules.without_leading_axis(x) if isinstance(x, Adapted) else x for x in whole]
+        slices = [views.without_leading_axis(x) if isinstance(x, Adapted) else x for x in whole]
         outputs = evaluate(params["jaxpr"], [*consts, *carry, *slices], computed)
         return outputs[: len(carry)], outputs[len(carry) :]
 
